@@ -1,0 +1,188 @@
+//! Cut: a large leaf becomes smaller ones that say the same, so that a span has borders of its own. Hitless (design D-4).
+//!
+//! A leaf in one slot is replaced by a pointer to a table that was complete before; a leaf over several slots is rewritten slot by slot.
+//! Each store is a compare-exchange against the very value that was read, so cuts of one leaf may race, and a dirty bit that a device sets
+//! in between is never lost: the exchange fails and is tried again with the bit.
+
+use crate::arena::{NoTable, Stock, TableId};
+use crate::atomic::{AtomicU64, Ordering};
+use crate::table::group;
+use crate::{Entry, Format, Perm, Table};
+use addr::{Address, Iova, Lg2, Oa, SizeSet, Span};
+use core::ops::Deref;
+
+/// What cut pieces must look like.
+#[derive(Clone, Copy)]
+struct Want {
+    span: Span<Iova>,
+    sizes: SizeSet,
+}
+
+impl Want {
+    /// A block may stay one leaf when its size is allowed and no border of the span lies inside it.
+    fn keeps(&self, block: Span<Iova>, size: Lg2) -> bool {
+        self.sizes.has(size) && (self.span.covers(block) || !self.span.overlaps(block))
+    }
+}
+
+/// A leaf that is being cut.
+#[derive(Clone, Copy)]
+struct Source {
+    span: Span<Iova>,
+    oa: Oa,
+    perm: Perm,
+    dirty: bool,
+}
+
+impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
+    /// Cuts until no leaf crosses a border of `span`, and every leaf that meets the span and had to be cut is of a size in `sizes`.
+    /// Answers how many leaves were cut.
+    ///
+    /// The caller holds `span`, not the leaves around it. Translations stay as they were at every moment; nothing needs invalidation.
+    ///
+    /// # Errors
+    /// [`NoTable`]: some leaves may have been cut, every translation is as before. A stock of [`Table::tables_for_cut`] rules it out.
+    pub fn cut(&self, span: Span<Iova>, sizes: SizeSet, stock: &mut Stock<W>) -> Result<u32, NoTable> {
+        let want = Want { span, sizes: sizes.and(F::SIZES) };
+        let (top, level) = self.root();
+        let (Some(part), Some(top)) = (span.intersect(Self::whole(level)), self.arena.table_at(top)) else { return Ok(0) };
+        let mut cuts = 0;
+        let ends = [Some(part.start()), (part.last() != part.start()).then_some(part.last())];
+        for end in ends.into_iter().flatten() {
+            self.cut_at(top, level, end, want, stock, &mut cuts)?;
+        }
+        Ok(cuts)
+    }
+
+    /// How many tables a cut can take at most.
+    pub fn tables_for_cut(&self) -> u32 {
+        2 * u32::from(self.root().1)
+    }
+
+    /// Brings the leaf that answers for `at` to a size that keeps to `want`.
+    fn cut_at(&self, table: TableId, level: u8, at: Iova, want: Want, stock: &mut Stock<W>, cuts: &mut u32) -> Result<(), NoTable> {
+        let (mut table, mut level) = (table, level);
+        loop {
+            let slot = F::slot(at, level);
+            let entry = &self.arena.entries(table)[slot];
+            let seen = entry.load(Ordering::Acquire);
+            match F::decode(seen, level) {
+                Entry::Absent => return Ok(()),
+                Entry::Table(below) => {
+                    let Some(below) = self.arena.table_at(below).filter(|_| level > 0) else { return Ok(()) };
+                    (table, level) = (below, level - 1);
+                }
+                Entry::Leaf { size, oa, perm, dirty } => {
+                    let whole = Span::block(at, size.0);
+                    if want.keeps(whole, size) || size.0 == F::GRANULE_LG2 {
+                        return Ok(());
+                    }
+                    let source = Source { span: whole, oa, perm, dirty };
+                    if size.0 == F::item_lg2(level) {
+                        let below = self.build_below(source, level - 1, want, stock)?;
+                        let pointer = F::table(level, self.arena.oa_of(below));
+                        // Release: the table is complete before the pointer is seen (I-2).
+                        match entry.compare_exchange(seen, pointer, Ordering::AcqRel, Ordering::Acquire) {
+                            Ok(_) => *cuts += 1,
+                            Err(_) => self.unbuild(below, level - 1, stock),
+                        }
+                    } else {
+                        self.split_group(table, level, slot, source, want);
+                        *cuts += 1;
+                    }
+                }
+            }
+        }
+    }
+
+    /// A private table at `level` that says what `source` says, in the largest pieces that keep to `want`.
+    fn build_below(&self, source: Source, level: u8, want: Want, stock: &mut Stock<W>) -> Result<TableId, NoTable> {
+        let table = stock.take()?;
+        let item = F::item_lg2(level);
+        let dirty = if source.dirty { F::DIRTY } else { 0 };
+        let mut at = source.span.start();
+        let mut slot = 0;
+        while slot < 1 << F::INDEX_LG2 {
+            let entries = self.arena.entries(table);
+            let oa = source.oa.plus(at.offset_from(source.span.start()));
+            let size = Self::piece(at, level, Lg2(item + F::INDEX_LG2 - 1), want);
+            let slots = 1usize << (size.0 - item);
+            let piece = Span::block(at, size.0);
+            // At the granule there is nothing smaller, so a border inside it stays inside.
+            if want.keeps(piece, size) || level == 0 {
+                let value = F::leaf(level, size, oa, source.perm) | dirty;
+                for entry in &entries[slot..slot + slots] {
+                    entry.store(value, Ordering::Relaxed);
+                }
+            } else {
+                let part = Source { span: piece, oa, ..source };
+                let below = match self.build_below(part, level - 1, want, stock) {
+                    Ok(below) => below,
+                    Err(error) => {
+                        crate::table::wipe(&entries[slot..]);
+                        self.unbuild(table, level, stock);
+                        return Err(error);
+                    }
+                };
+                entries[slot].store(F::table(level, self.arena.oa_of(below)), Ordering::Relaxed);
+            }
+            slot += slots;
+            at = Iova::new(at.get().wrapping_add(size.bytes()));
+        }
+        Ok(table)
+    }
+
+    /// The largest leaf at `level`, at most `limit`, that begins at `at` and keeps to `want`; the level's item when none does.
+    fn piece(at: Iova, level: u8, limit: Lg2, want: Want) -> Lg2 {
+        let item = F::item_lg2(level);
+        let aligned = Lg2((at.get().trailing_zeros().min(63) as u8).min(limit.0));
+        let mut sizes = want.sizes.up_to(aligned);
+        while let Some(size) = sizes.largest().filter(|size| size.0 > item) {
+            if want.keeps(Span::block(at, size.0), size) {
+                return size;
+            }
+            sizes = sizes.up_to(Lg2(size.0 - 1));
+        }
+        Lg2(item)
+    }
+
+    /// Rewrites the slots of a multi-slot leaf one by one, each to the largest piece around it that keeps to `want`. The next round of the
+    /// caller descends into a single slot when that is still too large.
+    fn split_group(&self, table: TableId, level: u8, slot: usize, source: Source, want: Want) {
+        let item = F::item_lg2(level);
+        let size = Lg2(64 - source.span.last_offset().leading_zeros() as u8);
+        let (first, slots) = group::<F>(slot, level, size);
+        let entries = &self.arena.entries(table)[first..first + slots];
+        // Any slot may carry the leaf's dirty bit, and every piece inherits it.
+        let dirty = entries.iter().fold(0, |all, entry| all | entry.load(Ordering::Acquire)) & F::DIRTY;
+        for (index, entry) in entries.iter().enumerate() {
+            let at = source.span.start().plus((index as u64) << item);
+            loop {
+                let seen = entry.load(Ordering::Acquire);
+                // Another cut may have been here; its pieces are looked at like ours.
+                let Entry::Leaf { size, oa, perm, .. } = F::decode(seen, level) else { break };
+                let block = Span::block(at, size.0);
+                if size.0 == item || want.keeps(block, size) {
+                    break;
+                }
+                let mut smaller = Lg2(size.0 - 1);
+                while smaller.0 > item && !want.keeps(Span::block(at, smaller.0), smaller) {
+                    smaller = Lg2(smaller.0 - 1);
+                }
+                let piece = Span::block(at, smaller.0);
+                let value = F::leaf(level, smaller, oa.plus(piece.start().offset_from(block.start())), perm) | dirty | seen & F::DIRTY;
+                if entry.compare_exchange(seen, value, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Puts a private table and those below it back.
+    fn unbuild(&self, table: TableId, level: u8, stock: &mut Stock<W>) {
+        for below in self.children(table, level) {
+            self.unbuild(below, level - 1, stock);
+        }
+        stock.put(table);
+    }
+}

@@ -1,0 +1,40 @@
+//! IO page tables in the formats that hardware reads: one algorithm over a [`Format`] trait, readers that never wait, and edits that keep
+//! every untouched translation in place.
+//!
+//! Words used here:
+//!
+//! - *table*: an array of entries, a power of two of them, in an [`Arena`]. *Level* 0 is the table of the smallest leaves.
+//! - *entry*: 8 bytes of a table. It is absent, a *leaf* (an output address and a size) or points to a table one level down.
+//! - *slot*: the place of an entry. A leaf larger than its level's item fills several slots with one value (AMDv1 next-level 7).
+//! - *cut*: replace a large leaf by smaller ones that say the same. *Merge*: the reverse. Both are hitless: each slot changes by one store
+//!   between two values that translate alike.
+//! - *retire*: take a table out of the tree. It is given back to the arena by [`Gather::finish`], after invalidation and grace.
+//!
+//! Who may do what (design D-3): the caller of `map`, `unmap` and `merge` holds the whole span that it passes. `cut` needs only the span
+//! whose borders it makes; cuts of one leaf from several threads may race. `walk` takes no lock; its caller is inside a read guard.
+
+#![no_std]
+
+extern crate alloc;
+
+mod amdv1;
+mod arena;
+mod atomic;
+mod cut;
+mod dirty;
+mod format;
+mod gather;
+mod map;
+mod merge;
+mod table;
+mod toy;
+mod unmap;
+
+pub use amdv1::AmdV1;
+pub use arena::{Arena, NoTable, Stock};
+pub use atomic::{AtomicU64, Ordering};
+pub use format::{Entry, Format, Hitless, Perm};
+pub use gather::Gather;
+pub use map::MapError;
+pub use table::{Leaf, Table};
+pub use toy::Toy;

@@ -1,0 +1,230 @@
+//! A tree of tables: its top, and the walk that devices make.
+
+use crate::arena::{Arena, NoTable, Stock, TableId};
+use crate::atomic::{AtomicU64, Ordering};
+use crate::{Entry, Format, Perm};
+use addr::{Address, Iova, Lg2, Oa, Span};
+use alloc::sync::Arc;
+use core::marker::PhantomData;
+use core::ops::Deref;
+
+/// One IO page table.
+///
+/// The address of the top table and its level share one word (I-3), so a reader that meets a growing top sees either tree whole.
+#[derive(Debug)]
+pub struct Table<F: Format, W: Deref<Target = [AtomicU64]>> {
+    pub(crate) arena: Arc<Arena<W>>,
+    top: AtomicU64,
+    format: PhantomData<F>,
+}
+
+/// A translation, as the walk found it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Leaf {
+    /// First IOVA of the leaf.
+    pub iova: Iova,
+    /// Output address of that first IOVA.
+    pub oa: Oa,
+    /// Size of the whole leaf.
+    pub size: Lg2,
+    /// What a device may do through it.
+    pub perm: Perm,
+    /// Whether the slot that answered has its dirty bit set.
+    pub dirty: bool,
+}
+
+impl Leaf {
+    /// Every IOVA that the leaf translates.
+    #[inline]
+    pub fn span(&self) -> Span<Iova> {
+        Span::block(self.iova, self.size.0)
+    }
+
+    /// Every output address that the leaf gives.
+    #[inline]
+    pub fn oa_span(&self) -> Span<Oa> {
+        Span::block(self.oa, self.size.0)
+    }
+
+    /// The output address of `iova`, which lies in the leaf.
+    #[inline]
+    pub fn oa_of(&self, iova: Iova) -> Oa {
+        self.oa.plus(iova.offset_from(self.iova))
+    }
+}
+
+/// The level lives in the low bits of the top word, which a table's alignment leaves free.
+const LEVEL_BITS: u64 = 7;
+
+impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
+    /// An empty tree with a top table of the format's first level.
+    ///
+    /// # Errors
+    /// When the arena has no table left.
+    pub fn new(arena: Arc<Arena<W>>) -> Result<Self, NoTable> {
+        assert!(arena.table_bytes() == 8 << F::INDEX_LG2, "arena tables of {} bytes do not fit {}", arena.table_bytes(), F::NAME);
+        let top = Stock::new(&arena).take()?;
+        wipe(arena.entries(top));
+        let word = arena.oa_of(top).get() | u64::from(F::START_LEVEL);
+        Ok(Self { arena, top: AtomicU64::new(word), format: PhantomData })
+    }
+
+    /// Where the tables live.
+    pub fn arena(&self) -> &Arc<Arena<W>> {
+        &self.arena
+    }
+
+    /// Address and level of the top table.
+    #[inline(always)]
+    pub fn root(&self) -> (Oa, u8) {
+        let word = self.top.load(Ordering::Acquire);
+        (Oa::new(word & !LEVEL_BITS), (word & LEVEL_BITS) as u8)
+    }
+
+    /// The leaf that answers for `iova`.
+    ///
+    /// Takes no lock and never waits. The caller is inside a read guard, so that no table it meets is reused under it (I-1).
+    #[inline]
+    pub fn walk(&self, iova: Iova) -> Option<Leaf> {
+        let (mut table, mut level) = self.root();
+        if iova.get() > Self::reach(level) {
+            return None;
+        }
+        loop {
+            let entry = self.arena.entry_at(table, F::slot(iova, level))?.load(Ordering::Acquire);
+            match F::decode(entry, level) {
+                Entry::Table(below) if level > 0 => (table, level) = (below, level - 1),
+                Entry::Leaf { size, oa, perm, dirty } => {
+                    return Some(Leaf { iova: Iova::new(iova.get() >> size.0 << size.0), oa, size, perm, dirty });
+                }
+                _ => return None,
+            }
+        }
+    }
+
+    /// Calls `visit` for every leaf that meets `span`, in order. The caller holds the span.
+    pub fn leaves(&self, span: Span<Iova>, mut visit: impl FnMut(Leaf)) {
+        let (top, level) = self.root();
+        if let (Some(top), Some(part)) = (self.arena.table_at(top), span.intersect(Self::whole(level))) {
+            self.visit_leaves(top, level, part, &mut visit);
+        }
+    }
+
+    fn visit_leaves(&self, table: TableId, level: u8, part: Span<Iova>, visit: &mut dyn FnMut(Leaf)) {
+        let mut skip_to = 0;
+        for piece in part.blocks(F::item_lg2(level)) {
+            let slot = F::slot(piece.start(), level);
+            if slot < skip_to {
+                continue;
+            }
+            let entries = self.arena.entries(table);
+            match F::decode(entries[slot].load(Ordering::Acquire), level) {
+                Entry::Absent => {}
+                Entry::Table(below) => {
+                    if let Some(below) = self.arena.table_at(below).filter(|_| level > 0) {
+                        self.visit_leaves(below, level - 1, piece, visit);
+                    }
+                }
+                Entry::Leaf { size, oa, perm, .. } => {
+                    let (first, slots) = group::<F>(slot, level, size);
+                    let dirty = entries[first..first + slots].iter().any(|entry| entry.load(Ordering::Relaxed) & F::DIRTY != 0);
+                    visit(Leaf { iova: piece.start().align_down(size.0), oa, size, perm, dirty });
+                    skip_to = first + slots;
+                }
+            }
+        }
+    }
+
+    /// Last IOVA that a top table at `level` reaches.
+    #[inline(always)]
+    pub(crate) fn reach(level: u8) -> u64 {
+        let lg2 = (F::item_lg2(level) + F::INDEX_LG2).min(F::INPUT_LG2);
+        if lg2 >= 64 { u64::MAX } else { (1 << lg2) - 1 }
+    }
+
+    pub(crate) fn whole(level: u8) -> Span<Iova> {
+        Span::of(Iova::new(0), Iova::new(Self::reach(level)))
+    }
+
+    /// Everything that the format can translate.
+    pub fn aperture() -> Span<Iova> {
+        Self::whole(F::MAX_LEVEL)
+    }
+
+    /// How many levels lack on top of a tree that is to reach `last` and to have a table at level `least`.
+    pub(crate) fn levels_missing(&self, last: Iova, least: u8) -> u32 {
+        let (_, level) = self.root();
+        (level..F::MAX_LEVEL).take_while(|level| Self::reach(*level) < last.get() || *level < least).count() as u32
+    }
+
+    /// Puts tables on top until the tree reaches `last` and has a table at level `least`. Racing growers: the loser keeps its table.
+    pub(crate) fn grow(&self, last: Iova, least: u8, stock: &mut Stock<W>) -> Result<(), NoTable> {
+        loop {
+            let word = self.top.load(Ordering::Acquire);
+            let (top, level) = (Oa::new(word & !LEVEL_BITS), (word & LEVEL_BITS) as u8);
+            if (Self::reach(level) >= last.get() && level >= least) || level >= F::MAX_LEVEL {
+                return Ok(());
+            }
+            let above = stock.take()?;
+            let entries = self.arena.entries(above);
+            wipe(&entries[1..]);
+            entries[0].store(F::table(level + 1, top), Ordering::Relaxed);
+            let taller = self.arena.oa_of(above).get() | u64::from(level + 1);
+            // Release: whoever sees the new top sees its content (I-2).
+            if self.top.compare_exchange(word, taller, Ordering::AcqRel, Ordering::Acquire).is_err() {
+                stock.put(above);
+            }
+        }
+    }
+
+    /// Bytes in this tree's tables. The caller holds the whole table.
+    pub fn bytes_in_tables(&self) -> u64 {
+        let (top, level) = self.root();
+        self.arena.table_at(top).map_or(0, |top| self.count_tables(top, level)) * self.arena.table_bytes()
+    }
+
+    fn count_tables(&self, table: TableId, level: u8) -> u64 {
+        1 + self.children(table, level).map(|below| self.count_tables(below, level - 1)).sum::<u64>()
+    }
+
+    /// The tables that a table at `level` points to.
+    pub(crate) fn children(&self, table: TableId, level: u8) -> impl Iterator<Item = TableId> {
+        let entries = if level == 0 { &[][..] } else { self.arena.entries(table) };
+        entries.iter().filter_map(move |entry| match F::decode(entry.load(Ordering::Acquire), level) {
+            Entry::Table(below) => self.arena.table_at(below),
+            _ => None,
+        })
+    }
+
+    fn give_back(&self, table: TableId, level: u8, stock: &mut Stock<W>) {
+        for below in self.children(table, level) {
+            self.give_back(below, level - 1, stock);
+        }
+        stock.put(table);
+    }
+}
+
+impl<F: Format, W: Deref<Target = [AtomicU64]>> Drop for Table<F, W> {
+    /// The owner has made sure that no reader is left.
+    fn drop(&mut self) {
+        let (top, level) = self.root();
+        if let Some(top) = self.arena.table_at(top) {
+            let mut stock = Stock::new(&self.arena);
+            self.give_back(top, level, &mut stock);
+        }
+    }
+}
+
+/// The slots that a leaf of `size` fills around `slot` of a table at `level`: first, and how many.
+#[inline(always)]
+pub(crate) fn group<F: Format>(slot: usize, level: u8, size: Lg2) -> (usize, usize) {
+    let slots = 1usize << (size.0 - F::item_lg2(level));
+    (slot & !(slots - 1), slots)
+}
+
+/// Makes a private table empty.
+pub(crate) fn wipe(entries: &[AtomicU64]) {
+    for entry in entries {
+        entry.store(0, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,84 @@
+//! Unmap: leaves go, and with them every table whose whole span goes. Cannot fail and does not allocate (I-9).
+
+use crate::arena::TableId;
+use crate::atomic::{AtomicU64, Ordering};
+use crate::table::{group, wipe};
+use crate::{Entry, Format, Gather, Leaf, Table};
+use addr::{Address, Iova, Span};
+use core::ops::Deref;
+
+impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
+    /// Takes out every leaf that lies in `span`, and the tables that only served it. The caller holds the whole span, and calls
+    /// [`Gather::finish`] before it lets anyone reuse the pages.
+    ///
+    /// A leaf that sticks out of the span is left alone; the first such leaf is the answer. [`Table::cut`] the span first to have none.
+    pub fn unmap(&self, span: Span<Iova>, gather: &mut Gather) -> Option<Leaf> {
+        let (top, level) = self.root();
+        let part = span.intersect(Self::whole(level))?;
+        let top = self.arena.table_at(top)?;
+        let mut crossing = None;
+        self.clear(top, level, part, span, gather, &mut crossing);
+        gather.add(part);
+        crossing
+    }
+
+    fn clear(&self, table: TableId, level: u8, part: Span<Iova>, span: Span<Iova>, gather: &mut Gather, crossing: &mut Option<Leaf>) {
+        let entries = self.arena.entries(table);
+        let (low, high) = (F::slot(part.start(), level), F::slot(part.last(), level));
+        let start = part.start().align_down(F::item_lg2(level));
+        if level == 0 && self.ends_within(entries, low, start, span) && self.ends_within(entries, high, part.last(), span) {
+            wipe(&entries[low..=high]);
+            return;
+        }
+        let mut slot = low;
+        while slot <= high {
+            let entry = entries[slot].load(Ordering::Acquire);
+            let iova = Iova::new(start.get() + (((slot - low) as u64) << F::item_lg2(level)));
+            match F::decode(entry, level) {
+                Entry::Absent => slot += 1,
+                Entry::Table(below) => {
+                    let child = Span::block(iova, F::item_lg2(level));
+                    match self.arena.table_at(below) {
+                        Some(below) if span.covers(child) => {
+                            entries[slot].store(0, Ordering::Relaxed);
+                            self.retire_tree(below, level - 1, gather);
+                        }
+                        Some(below) => {
+                            if let Some(part) = part.intersect(child) {
+                                self.clear(below, level - 1, part, span, gather, crossing);
+                            }
+                        }
+                        None => entries[slot].store(0, Ordering::Relaxed),
+                    }
+                    slot += 1;
+                }
+                Entry::Leaf { size, oa, perm, dirty } => {
+                    let whole = Span::block(iova, size.0);
+                    let (first, slots) = group::<F>(slot, level, size);
+                    if span.covers(whole) {
+                        wipe(&entries[first..first + slots]);
+                    } else {
+                        *crossing = crossing.or(Some(Leaf { iova: whole.start(), oa, size, perm, dirty }));
+                    }
+                    slot = first + slots;
+                }
+            }
+        }
+    }
+
+    /// Whether the leaf in `slot`, which answers for `iova`, stays inside `span`. Between two such slots nothing can stick out.
+    fn ends_within(&self, entries: &[AtomicU64], slot: usize, iova: Iova, span: Span<Iova>) -> bool {
+        match F::decode(entries[slot].load(Ordering::Acquire), 0) {
+            Entry::Leaf { size, .. } => span.covers(Span::block(iova, size.0)),
+            _ => true,
+        }
+    }
+
+    /// Retires a table and every table below it. Level-0 tables hold leaves alone, so they are not even looked at.
+    pub(crate) fn retire_tree(&self, table: TableId, level: u8, gather: &mut Gather) {
+        for below in self.children(table, level) {
+            self.retire_tree(below, level - 1, gather);
+        }
+        gather.retire(&self.arena, table);
+    }
+}
