@@ -17,8 +17,6 @@ extern crate alloc;
 
 mod addr;
 mod avl;
-#[cfg(test)]
-mod avl_tests;
 mod lg2;
 mod map;
 mod span;

@@ -234,10 +234,10 @@ impl<A: Address, V: Clone + PartialEq> SpanMap<A, V> {
             (*there == value).then_some((index, found))
         };
         let left = equal(A::new(span.start().get().saturating_sub(1)));
-        if left.is_some_and(|(_, found)| found.covers(span)) {
+        let right = equal(A::new(span.last().get().saturating_add(1)));
+        if left.iter().chain(&right).any(|(_, found)| found.covers(span)) {
             return Ok(());
         }
-        let right = equal(A::new(span.last().get().saturating_add(1)));
         let mut whole = span;
         for (_, found) in left.iter().chain(&right) {
             whole = Span::of(whole.start().min(found.start()), whole.last().max(found.last()));

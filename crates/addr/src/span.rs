@@ -1,6 +1,6 @@
 //! The closed span: a range whose last address is inside, so that no length can overflow and no span can be empty.
 
-use crate::Address;
+use crate::{Address, Iova};
 use core::fmt;
 use thiserror::Error;
 
@@ -235,6 +235,13 @@ impl<A: Address> Span<A> {
     }
 }
 
+impl Span<Iova> {
+    /// The span of address 0 alone, as a constant: a filler for arrays.
+    pub const fn zero() -> Self {
+        Self { start: Iova::new(0), last: Iova::new(0) }
+    }
+}
+
 impl<A: Address> fmt::Display for Span<A> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {}..={}", A::SPACE, self.start, self.last)
@@ -250,7 +257,7 @@ impl<A: Address> fmt::Debug for Span<A> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Gfn, Gpa, Iova, Oa};
+    use crate::{Gfn, Gpa, Oa};
     use alloc::vec::Vec;
 
     fn span(start: u64, last: u64) -> Span<Iova> {

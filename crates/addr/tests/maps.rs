@@ -50,7 +50,9 @@ impl Model {
     }
 
     fn set(&mut self, span: Span<Iova>, value: u8) {
-        if self.0.iter().any(|(s, v)| *v == value && s.covers(span)) {
+        // At the ends of the space nothing can stick out, so there an entry as long as the span counts too.
+        let inner = Span::new(span.start().max(Iova::new(1)), span.last().min(Iova::new(u64::MAX - 1)));
+        if self.0.iter().any(|(s, v)| *v == value && s.covers(span) && (*s != span || inner != Some(span))) {
             return;
         }
         let mut whole = span;
@@ -94,7 +96,13 @@ fn compare(map: &SpanMap<Iova, u8>, model: &Model, probe: Span<Iova>) -> Result<
     prop_assert_eq!(next, None);
     for min_len in [1, 3, 8, 50] {
         let mut shown = Vec::new();
-        prop_assert_eq!(map.first_gap(probe, min_len, |gap| { shown.push(gap); None }), None);
+        prop_assert_eq!(
+            map.first_gap(probe, min_len, |gap| {
+                shown.push(gap);
+                None
+            }),
+            None
+        );
         prop_assert_eq!(&shown, &gaps.iter().copied().filter(|gap| gap.len() >= min_len).collect::<Vec<_>>());
         prop_assert_eq!(map.first_gap(probe, min_len, |gap| Some(gap.last())), shown.first().map(|gap| gap.last()));
     }
@@ -102,6 +110,8 @@ fn compare(map: &SpanMap<Iova, u8>, model: &Model, probe: Span<Iova>) -> Result<
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
     #[test]
     fn span_map(steps in steps(), probes in prop::collection::vec(any_span(), 80)) {
         let (mut map, mut model) = (SpanMap::new(), Model::default());

@@ -129,11 +129,9 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
         let plan = Job { ..job };
         let first = job.next::<F>().ok_or(MapError::Misaligned { iova, oa, sizes })?;
         if job.left == 0
-            && let Some(table) = self.table_for(first)
+            && let Some(entries) = self.free_slots(first)
         {
-            self.check_free(table, first)?;
-            self.retire_empty(table, first, gather);
-            write_run::<F>(self.arena.entries(table), first, perm, corrupt);
+            write_run::<F>(entries, first, perm, corrupt);
             return Ok(());
         }
         stock.reserve(self.survey(iova, Job { ..plan })?)?;
@@ -167,11 +165,21 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
         Ok(Job { at: iova.start(), oa, left, sizes: sizes.up_to(Lg2(shared)) })
     }
 
-    /// The table that already stands where `run` goes.
+    /// The slots where `run` goes, when their table stands and all of them are empty. Anything else is for the long way.
     #[inline]
-    fn table_for(&self, run: Run) -> Option<TableId> {
-        let found = self.descend(run.at, run.level).ok()??;
-        (found.level == run.level).then_some(found.table)
+    fn free_slots(&self, run: Run) -> Option<&[AtomicU64]> {
+        let (mut table, mut level) = self.root();
+        if run.at.get() > Self::reach(level) || level < run.level {
+            return None;
+        }
+        while level > run.level {
+            let entry = self.arena.entry_at(table, F::slot(run.at, level))?.load(Ordering::Acquire);
+            let Entry::Table(below) = F::decode(entry, level) else { return None };
+            (table, level) = (below, level - 1);
+        }
+        let (first, slots) = run.slots::<F>();
+        let entries = &self.arena.entries(self.arena.table_at(table)?)[first..first + slots];
+        (entries.iter().fold(0, |all, entry| all | entry.load(Ordering::Relaxed)) == 0).then_some(entries)
     }
 
     /// The lowest table on the way to `at`, no lower than `level`. `None` when the tree does not reach that far; an error when a leaf or a
@@ -262,7 +270,8 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
             };
             if found.level == run.level {
                 self.retire_empty(found.table, run, gather);
-                write_run::<F>(self.arena.entries(found.table), run, perm, corrupt);
+                let (first, slots) = run.slots::<F>();
+                write_run::<F>(&self.arena.entries(found.table)[first..first + slots], run, perm, corrupt);
                 return Ok(());
             }
             if self.hang_chain(&found, run, perm, corrupt, stock)? {
@@ -277,7 +286,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
         let (first, slots) = run.slots::<F>();
         let entries = self.arena.entries(below);
         wipe(&entries[..first]);
-        write_run::<F>(entries, run, perm, corrupt);
+        write_run::<F>(&entries[first..first + slots], run, perm, corrupt);
         wipe(&entries[first + slots..]);
         for level in run.level + 1..found.level {
             let above = stock.take()?;
@@ -324,11 +333,10 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
 /// Writes a run's leaves. Release: a device that sees a leaf sees what was done to its page before.
 #[inline(always)]
 fn write_run<F: Format>(entries: &[AtomicU64], run: Run, perm: Perm, corrupt: u64) {
-    let (first, slots) = run.slots::<F>();
     let mut value = F::leaf(run.level, run.size, run.oa, perm) ^ corrupt;
-    let step = if slots == run.leaves as usize { run.size.bytes() } else { 0 };
-    debug_assert!(step != 0 || group::<F>(first, run.level, run.size) == (first, slots));
-    for entry in &entries[first..first + slots] {
+    let step = if entries.len() == run.leaves as usize { run.size.bytes() } else { 0 };
+    debug_assert!(step != 0 || entries.len() == group::<F>(0, run.level, run.size).1);
+    for entry in entries {
         entry.store(value, Ordering::Release);
         value = value.wrapping_add(step);
     }

@@ -13,12 +13,21 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
     ///
     /// A leaf that sticks out of the span is left alone; the first such leaf is the answer. [`Table::cut`] the span first to have none.
     pub fn unmap(&self, span: Span<Iova>, gather: &mut Gather) -> Option<Leaf> {
-        let (top, level) = self.root();
+        let (mut table, mut level) = self.root();
         let part = span.intersect(Self::whole(level))?;
-        let top = self.arena.table_at(top)?;
-        let mut crossing = None;
-        self.clear(top, level, part, span, gather, &mut crossing);
         gather.add(part);
+        // Straight down while all of the span lies below one slot.
+        while level > 0 {
+            let below = Span::block(part.start(), F::item_lg2(level));
+            if !below.covers(part) || part.covers(below) {
+                break;
+            }
+            let entry = self.arena.entry_at(table, F::slot(part.start(), level))?.load(Ordering::Acquire);
+            let Entry::Table(below) = F::decode(entry, level) else { break };
+            (table, level) = (below, level - 1);
+        }
+        let mut crossing = None;
+        self.clear(self.arena.table_at(table)?, level, part, span, gather, &mut crossing);
         crossing
     }
 
