@@ -39,8 +39,9 @@ impl Format for AmdV1 {
     const OUTPUT_LG2: u8 = 52;
     const SIZES: SizeSet = SizeSet((((1 << (LARGEST_LG2 + 1)) - 1) & !((1 << 12) - 1)) & !BROKEN_512G);
     const DIRTY: u64 = DIRTY;
-    const HITLESS: Hitless =
-        Hitless::Yes("48882 section 2.2.3: an entry is read by one 8-byte access, and both values translate alike; no break-before-make is asked for");
+    const HITLESS: Hitless = Hitless::Yes(
+        "48882 section 2.2.3: an entry is read by one 8-byte access, and both values translate alike; no break-before-make is asked for",
+    );
 
     #[inline(always)]
     fn decode(entry: u64, level: u8) -> Entry {

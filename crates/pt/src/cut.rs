@@ -10,6 +10,7 @@ use crate::table::group;
 use crate::{Entry, Format, Perm, Table};
 use addr::{Address, Iova, Lg2, Oa, SizeSet, Span};
 use core::ops::Deref;
+use sync::pause::pause;
 
 /// What cut pieces must look like.
 #[derive(Clone, Copy)]
@@ -81,6 +82,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
                     if size.0 == F::item_lg2(level) {
                         let below = self.build_below(source, level - 1, want, stock)?;
                         let pointer = F::table(level, self.arena.oa_of(below));
+                        pause();
                         // Release: the table is complete before the pointer is seen (I-2).
                         match entry.compare_exchange(seen, pointer, Ordering::AcqRel, Ordering::Acquire) {
                             Ok(_) => *cuts += 1,
@@ -171,6 +173,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
                 }
                 let piece = Span::block(at, smaller.0);
                 let value = F::leaf(level, smaller, oa.plus(piece.start().offset_from(block.start())), perm) | dirty | seen & F::DIRTY;
+                pause();
                 if entry.compare_exchange(seen, value, Ordering::AcqRel, Ordering::Acquire).is_ok() {
                     break;
                 }

@@ -9,6 +9,7 @@ use crate::table::{group, wipe};
 use crate::{Entry, Format, Gather, Perm, Table};
 use addr::{Address, Iova, Lg2, Oa, SizeSet, Span};
 use core::ops::Deref;
+use sync::pause::pause;
 use thiserror::Error;
 
 /// Why nothing was mapped.
@@ -147,9 +148,12 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
 
     /// An upper bound of the tables that mapping `iova` takes, for a caller that must not fail later.
     pub fn tables_for_map(&self, iova: Span<Iova>) -> u32 {
-        let below = |level: u8| (iova.last().get() >> (F::item_lg2(level) + F::INDEX_LG2)) - (iova.start().get() >> (F::item_lg2(level) + F::INDEX_LG2)) + 1;
+        let below = |level: u8| {
+            (iova.last().get() >> (F::item_lg2(level) + F::INDEX_LG2)) - (iova.start().get() >> (F::item_lg2(level) + F::INDEX_LG2)) + 1
+        };
         let levels = self.root().1.max(F::START_LEVEL);
-        (0..levels).map(|level| below(level).min(u64::from(u32::MAX / 8)) as u32).sum::<u32>() + 2 * self.levels_missing(iova.last(), F::MAX_LEVEL)
+        (0..levels).map(|level| below(level).min(u64::from(u32::MAX / 8)) as u32).sum::<u32>()
+            + 2 * self.levels_missing(iova.last(), F::MAX_LEVEL)
     }
 
     fn job(iova: Span<Iova>, oa: Oa, sizes: SizeSet) -> Result<Job, MapError> {
@@ -297,6 +301,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
         }
         let entry = &self.arena.entries(found.table)[F::slot(run.at, found.level)];
         let pointer = F::table(found.level, self.arena.oa_of(below));
+        pause();
         let seen = entry.load(Ordering::Relaxed);
         let absent = F::decode(seen, found.level) == Entry::Absent;
         if absent && entry.compare_exchange(seen, pointer, Ordering::Release, Ordering::Relaxed).is_ok() {
@@ -321,6 +326,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
         let (first, slots) = run.slots::<F>();
         for entry in &self.arena.entries(table)[first..first + slots] {
             if let Entry::Table(below) = F::decode(entry.load(Ordering::Acquire), run.level) {
+                pause();
                 entry.store(0, Ordering::Relaxed);
                 if let Some(below) = self.arena.table_at(below) {
                     self.retire_tree(below, run.level - 1, gather);
@@ -337,6 +343,7 @@ fn write_run<F: Format>(entries: &[AtomicU64], run: Run, perm: Perm, corrupt: u6
     let step = if entries.len() == run.leaves as usize { run.size.bytes() } else { 0 };
     debug_assert!(step != 0 || entries.len() == group::<F>(0, run.level, run.size).1);
     for entry in entries {
+        pause();
         entry.store(value, Ordering::Release);
         value = value.wrapping_add(step);
     }

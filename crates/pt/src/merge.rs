@@ -10,6 +10,7 @@ use crate::gather::Merged;
 use crate::{Entry, Format, Gather, Perm, Table};
 use addr::{Address, Iova, Lg2, Oa, SizeSet, Span};
 use core::ops::Deref;
+use sync::pause::pause;
 
 impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
     /// Joins leaves that lie wholly in `span` into the largest of `sizes`; answers how many larger leaves came out.
@@ -26,7 +27,16 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
     }
 
     #[expect(clippy::too_many_arguments, reason = "the state of one recursion; a struct would only rename it")]
-    fn merge_table(&self, table: TableId, level: u8, part: Span<Iova>, span: Span<Iova>, sizes: SizeSet, gather: &mut Gather, merges: &mut u32) {
+    fn merge_table(
+        &self,
+        table: TableId,
+        level: u8,
+        part: Span<Iova>,
+        span: Span<Iova>,
+        sizes: SizeSet,
+        gather: &mut Gather,
+        merges: &mut u32,
+    ) {
         if level > 0 {
             for piece in part.blocks(F::item_lg2(level)) {
                 let slot = F::slot(piece.start(), level);
@@ -44,6 +54,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
                     continue;
                 }
                 let leaf = F::leaf(level, item, oa, perm) | if dirty { F::DIRTY } else { 0 };
+                pause();
                 if entry.compare_exchange(seen, leaf, Ordering::AcqRel, Ordering::Acquire).is_ok() {
                     gather.retire_merged(&self.arena, Merged { table: below, parent: table, slot: slot as u32, dirty_bit: F::DIRTY });
                     *merges += 1;
@@ -124,6 +135,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
         }
         let value = F::leaf(level, size, start, perm);
         for entry in entries {
+            pause();
             let mut seen = entry.load(Ordering::Acquire);
             while let Err(now) = entry.compare_exchange(seen, value | seen & F::DIRTY, Ordering::AcqRel, Ordering::Acquire) {
                 seen = now;

@@ -7,6 +7,7 @@ use addr::{Address, Iova, Lg2, Oa, Span};
 use alloc::sync::Arc;
 use core::marker::PhantomData;
 use core::ops::Deref;
+use sync::pause::pause;
 
 /// One IO page table.
 ///
@@ -170,6 +171,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
             wipe(&entries[1..]);
             entries[0].store(F::table(level + 1, top), Ordering::Relaxed);
             let taller = self.arena.oa_of(above).get() | u64::from(level + 1);
+            pause();
             // Release: whoever sees the new top sees its content (I-2).
             if self.top.compare_exchange(word, taller, Ordering::AcqRel, Ordering::Acquire).is_err() {
                 stock.put(above);
@@ -225,6 +227,7 @@ pub(crate) fn group<F: Format>(slot: usize, level: u8, size: Lg2) -> (usize, usi
 /// Makes a private table empty.
 pub(crate) fn wipe(entries: &[AtomicU64]) {
     for entry in entries {
+        pause();
         entry.store(0, Ordering::Relaxed);
     }
 }

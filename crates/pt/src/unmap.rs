@@ -6,6 +6,7 @@ use crate::table::{group, wipe};
 use crate::{Entry, Format, Gather, Leaf, Table};
 use addr::{Address, Iova, Span};
 use core::ops::Deref;
+use sync::pause::pause;
 
 impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
     /// Takes out every leaf that lies in `span`, and the tables that only served it. The caller holds the whole span, and calls
@@ -49,6 +50,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
                     let child = Span::block(iova, F::item_lg2(level));
                     match self.arena.table_at(below) {
                         Some(below) if span.covers(child) => {
+                            pause();
                             entries[slot].store(0, Ordering::Relaxed);
                             self.retire_tree(below, level - 1, gather);
                         }

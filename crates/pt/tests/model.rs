@@ -5,8 +5,8 @@ mod common;
 
 use addr::{Iova, Lg2, Oa, SizeSet, Span};
 use common::{Model, Tree, arena};
-use proptest::prelude::*;
 use lockstep_pt::{AmdV1, Format, Perm, Toy};
+use proptest::prelude::*;
 
 #[derive(Clone, Debug)]
 enum Op {

@@ -111,7 +111,9 @@ impl Readers {
     /// What the caller unlinked or logged before is seen by every guard entered after this returns, and by no guard entered
     /// before. A reader that registers meanwhile takes the list's lock after this did, so it sees it too.
     ///
-    /// A thread that is itself inside a guard of `domain` waits for ever: ask [`Readers::held_by_caller`] first.
+    /// # Panics
+    /// When the calling thread itself holds a long guard of `domain`: it would wait for ever. Ask [`Readers::held_by_caller`] before anything
+    /// is changed.
     pub fn grace(&self, domain: u32) {
         let list = self.snapshot();
         fence(Ordering::SeqCst);
@@ -125,6 +127,8 @@ impl Readers {
 
     #[cold]
     fn wait_for(&self, reader: &Word, seen: u64) {
+        let own = reader.holder.load(Ordering::Relaxed) == thread_token();
+        assert!(!own, "a grace period of domain {} would wait for a guard of its own thread, '{}'", seen >> 32, reader.name);
         let mut pause = Pause::default();
         while reader.word.load(Ordering::Acquire) == seen {
             if let Some(waited) = pause.next() {
@@ -365,6 +369,15 @@ mod tests {
         assert!(!thread::scope(|scope| scope.spawn(|| readers.held_by_caller(1)).join().unwrap()));
         drop(guard);
         assert!(!readers.held_by_caller(1));
+    }
+
+    #[test]
+    #[should_panic(expected = "its own thread, 'mine'")]
+    fn waiting_for_oneself_is_no_deadlock() {
+        let readers = Arc::new(Readers::new());
+        let mut slot = readers.slot_named("mine");
+        let _guard = slot.hold(1);
+        readers.grace(1);
     }
 
     #[test]

@@ -7,11 +7,12 @@
 //! - *rank*: a lock's place in the one order in which locks are taken (I-12).
 //! - *step*: a place that may fail, counted, so that a test can fail the n-th. *Planted fault*: misbehaviour that a detector must see.
 //!
-//! Without feature `std` only [`fail`] is left, and nothing in it ever fires.
+//! Without feature `std` only [`fail`] and [`pause`] are left, and nothing in them ever fires.
 
 #![cfg_attr(not(feature = "std"), no_std)]
 
 pub mod fail;
+pub mod pause;
 #[cfg(feature = "std")]
 mod guards;
 #[cfg(feature = "std")]

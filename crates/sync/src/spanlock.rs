@@ -78,6 +78,10 @@ impl<A: Address> SpanLock<A> {
         let mut state = sys::lock(&self.state);
         let ticket = state.ticket();
         let free = state.free(spans, ticket);
+        #[cfg(debug_assertions)]
+        if !free {
+            state.check_not_mine(spans);
+        }
         state.push(spans, ticket, free);
         if !free {
             self.wait(state, spans, ticket);
@@ -149,14 +153,15 @@ impl<A: Address> State<A> {
 
     #[inline]
     fn free(&self, spans: &[Span<A>], ticket: u64) -> bool {
-        !self.entries.iter().any(|entry| {
-            let clash = entry.ticket != ticket && (entry.held || entry.ticket < ticket) && meets(spans, entry.span);
-            #[cfg(debug_assertions)]
-            if clash && entry.held && entry.thread == std::thread::current().id() && !cfg!(loom) {
-                panic!("this thread holds {} already and would wait for itself", entry.span);
-            }
-            clash
-        })
+        !self.entries.iter().any(|entry| (entry.held || entry.ticket < ticket) && entry.ticket != ticket && meets(spans, entry.span))
+    }
+
+    /// A wait for the calling thread's own guard would never end.
+    #[cfg(debug_assertions)]
+    fn check_not_mine(&self, spans: &[Span<A>]) {
+        let me = std::thread::current().id();
+        let mine = self.entries.iter().find(|entry| entry.held && entry.thread == me && !cfg!(loom) && meets(spans, entry.span));
+        assert!(mine.is_none(), "this thread holds {:?} already and would wait for itself", mine.map(|entry| entry.span));
     }
 
     #[inline]

@@ -3,9 +3,10 @@
 #![allow(unreachable_pub, reason = "a module shared by test binaries")]
 
 use addr::{Address, Iova, Lg2, Oa, SizeSet, Span};
-use proptest::prelude::*;
 use lockstep_pt::{Arena, AtomicU64, Format, Gather, Leaf, MapError, Perm, Stock, Table};
+use proptest::prelude::*;
 use std::collections::BTreeMap;
+use std::rc::Rc;
 use std::sync::Arc;
 
 pub type Words = Box<[AtomicU64]>;
@@ -21,14 +22,14 @@ pub fn single_slot_sizes<F: Format>() -> SizeSet {
 }
 
 pub struct Tree<F: Format> {
-    pub table: Table<F, Words>,
+    pub table: Rc<Table<F, Words>>,
     pub arena: Arc<Arena<Words>>,
     pub stock: Stock<Words>,
 }
 
 impl<F: Format> Tree<F> {
     pub fn new(arena: &Arc<Arena<Words>>) -> Self {
-        Self { table: Table::new(Arc::clone(arena)).unwrap(), arena: Arc::clone(arena), stock: Stock::new(arena) }
+        Self { table: Rc::new(Table::new(Arc::clone(arena)).unwrap()), arena: Arc::clone(arena), stock: Stock::new(arena) }
     }
 
     pub fn map(&mut self, span: Span<Iova>, oa: Oa, perm: Perm, sizes: SizeSet) -> Result<(), MapError> {

@@ -1,0 +1,52 @@
+//! Stopping a writer between two stores: in debug builds, code that edits shared tables calls [`pause`] before each store, and a test can
+//! have readers run there. That is a writer stopped at every step (I-15), without a second thread and without chance.
+//!
+//! In release builds, and without feature `std`, [`pause`] is nothing.
+
+/// Called before a store that readers may see.
+#[inline(always)]
+pub fn pause() {
+    #[cfg(all(debug_assertions, feature = "std", not(loom)))]
+    hooked::pause();
+}
+
+#[cfg(all(debug_assertions, feature = "std", not(loom)))]
+pub use hooked::{PauseGuard, at_every_pause};
+
+#[cfg(all(debug_assertions, feature = "std", not(loom)))]
+mod hooked {
+    use std::cell::{Cell, RefCell};
+    use std::marker::PhantomData;
+
+    thread_local! {
+        static HOOKED: Cell<bool> = const { Cell::new(false) };
+        static HOOK: RefCell<Option<Box<dyn FnMut()>>> = const { RefCell::new(None) };
+    }
+
+    pub(super) fn pause() {
+        // Not from inside the hook, which may run code with pauses of its own.
+        if HOOKED.replace(false) {
+            HOOK.with_borrow_mut(|hook| hook.as_mut().map(|hook| hook()));
+            HOOKED.set(true);
+        }
+    }
+
+    /// Runs `hook` at every pause of this thread until the guard is dropped.
+    #[must_use]
+    pub fn at_every_pause(hook: impl FnMut() + 'static) -> PauseGuard {
+        HOOK.set(Some(Box::new(hook)));
+        HOOKED.set(true);
+        PauseGuard(PhantomData)
+    }
+
+    /// Takes the hook away when dropped; belongs to the thread that set it.
+    #[derive(Debug)]
+    pub struct PauseGuard(PhantomData<*const ()>);
+
+    impl Drop for PauseGuard {
+        fn drop(&mut self) {
+            HOOKED.set(false);
+            HOOK.set(None);
+        }
+    }
+}
