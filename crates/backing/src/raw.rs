@@ -2,12 +2,12 @@
 //!
 //! Why safe code may use a [`HostAddr`] freely:
 //!
-//! 1. An address comes into being in two ways only: inside a mapping of the one reservation of this process, or inside a range given
-//!    to [`UserRegion::adopt`], whose caller promised (that function is unsafe) that nothing of Rust refers to it.
+//! 1. An access reaches two kinds of memory only: the one reservation of this process, and ranges given to [`UserRegion::adopt`], whose
+//!    caller promised (that function is unsafe) that nothing of Rust refers to them. Every access checks that, whatever the address.
 //! 2. No Rust reference to such memory exists anywhere. It is touched by the machine code below and by the kernel; other processes
 //!    and KVM guests may write it meanwhile, which makes the bytes unpredictable and nothing worse.
 //! 3. The reservation is never unmapped. A window that goes away becomes `PROT_NONE` again and only windows are mapped there, so a
-//!    stale address faults or meets another window: wrong, but never a Rust object. Every access checks that it stays inside.
+//!    stale address faults or meets another window: wrong, but never a Rust object.
 //! 4. An adopted range lies outside, so every access to one looks it up under a read lock that its end takes for writing: a
 //!    stale address finds nothing.
 //! 5. A fault in the machine code (the file shrank, no huge page is left, `PROT_NONE`) becomes a short count by our signal handler; every
@@ -16,7 +16,7 @@
 //! [`Words`], the one thing here that hands out references, is private memory outside the reservation.
 #![expect(unsafe_code, reason = "mmap, signal handlers and copies from memory that may vanish have no safe interface")]
 
-use crate::reservation::{self, Reservation};
+use crate::reservation::Reservation;
 use crate::user::UserRegion;
 use addr::{Hva, Span};
 use rustix::io::Errno;
@@ -74,7 +74,11 @@ impl Mapping {
         Self::fixed(len_bytes, align_lg2, |at| unsafe { rustix::mm::mmap_anonymous(at, len_bytes, ACCESS, flags) })
     }
 
-    fn fixed(len_bytes: usize, align_lg2: u8, map: impl FnOnce(*mut libc::c_void) -> Result<*mut libc::c_void, Errno>) -> Result<Self, Errno> {
+    fn fixed(
+        len_bytes: usize,
+        align_lg2: u8,
+        map: impl FnOnce(*mut libc::c_void) -> Result<*mut libc::c_void, Errno>,
+    ) -> Result<Self, Errno> {
         let reserved = Reservation::get().ok_or(Errno::NOMEM)?.take(len_bytes as u64, align_lg2).ok_or(Errno::NOMEM)?;
         let start = reserved.start().get() as usize;
         match map(ptr::with_exposed_provenance_mut(start)) {
@@ -210,6 +214,13 @@ impl HostAddr {
         Hva::new(self.0 as u64)
     }
 
+    /// The address `bytes` behind this one. It is checked when it is used, like any other.
+    #[inline]
+    #[must_use]
+    pub fn plus(self, bytes: u64) -> Self {
+        Self(self.0.wrapping_add(bytes as usize))
+    }
+
     /// Copies from `off` bytes behind this address.
     ///
     /// # Errors
@@ -281,7 +292,7 @@ impl HostAddr {
 
     #[inline]
     fn aligned(self, off: u64) -> Result<u64, CopyFault> {
-        if (self.0 as u64).wrapping_add(off) % 8 == 0 { Ok(off) } else { Err(CopyFault { done: 0 }) }
+        if (self.0 as u64).wrapping_add(off).is_multiple_of(8) { Ok(off) } else { Err(CopyFault { done: 0 }) }
     }
 
     /// Runs `access` on the address, which answers how many bytes it left out, if all of `len` bytes is memory of the kind point 1 names.
@@ -568,9 +579,11 @@ fn install_handlers() {
 }
 
 extern "C" fn on_fault(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    // A positive code comes from the processor, not from kill(): only then does the context say what faulted.
     // SAFETY: the kernel gives a handler with SA_SIGINFO a valid siginfo and context.
-    let sent = unsafe { (*info).si_code } <= 0;
+    let code = unsafe { (*info).si_code };
+    // Only what the processor found at this very instruction has a context that says what faulted: not kill(), whose codes are not
+    // positive, nor news of broken memory somewhere else.
+    let sent = code <= 0 || (signal == libc::SIGBUS && code == libc::BUS_MCEERR_AO);
     // SAFETY: as above, and the fault was synchronous.
     if !sent && unsafe { machine::abandon(context.cast()) } {
         return;

@@ -78,9 +78,8 @@ impl Ranges {
             gap.covers(Span::from_len(start, len).ok()?).then_some(start)
         };
         let behind = Span::new(self.next, self.whole.last());
-        let start = behind
-            .and_then(|behind| self.taken.first_gap(behind, len, fits))
-            .or_else(|| self.taken.first_gap(self.whole, len, fits))?;
+        let start =
+            behind.and_then(|behind| self.taken.first_gap(behind, len, fits)).or_else(|| self.taken.first_gap(self.whole, len, fits))?;
         let range = Span::from_len(start, len).ok()?;
         self.taken.insert(range, ()).ok()?;
         self.next = range.last().checked_add(1)?;

@@ -50,7 +50,10 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
         let mut cuts = 0;
         let ends = [Some(part.start()), (part.last() != part.start()).then_some(part.last())];
         for end in ends.into_iter().flatten() {
-            self.cut_at(top, level, end, want, stock, &mut cuts)?;
+            let before = cuts;
+            let done = self.cut_at(top, level, end, want, stock, &mut cuts);
+            self.cuts.fetch_add(u64::from(cuts - before), Ordering::Relaxed);
+            done?;
         }
         Ok(cuts)
     }

@@ -26,6 +26,7 @@ mod format;
 mod gather;
 mod map;
 mod merge;
+mod shed;
 mod table;
 mod toy;
 mod unmap;

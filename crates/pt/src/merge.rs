@@ -22,6 +22,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
         let mut merges = 0;
         if let (Some(part), Some(top)) = (span.intersect(Self::whole(level)), self.arena.table_at(top)) {
             self.merge_table(top, level, part, span, sizes.and(F::SIZES), gather, &mut merges);
+            self.merges.fetch_add(u64::from(merges), Ordering::Relaxed);
         }
         merges
     }

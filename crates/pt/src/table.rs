@@ -16,6 +16,9 @@ use sync::pause::pause;
 pub struct Table<F: Format, W: Deref<Target = [AtomicU64]>> {
     pub(crate) arena: Arc<Arena<W>>,
     top: AtomicU64,
+    /// Leaves cut and merged, for reports; the algorithm does not read them.
+    pub(crate) cuts: AtomicU64,
+    pub(crate) merges: AtomicU64,
     format: PhantomData<F>,
 }
 
@@ -67,7 +70,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
         let top = Stock::new(&arena).take()?;
         wipe(arena.entries(top));
         let word = arena.oa_of(top).get() | u64::from(F::START_LEVEL);
-        Ok(Self { arena, top: AtomicU64::new(word), format: PhantomData })
+        Ok(Self { arena, top: AtomicU64::new(word), cuts: AtomicU64::new(0), merges: AtomicU64::new(0), format: PhantomData })
     }
 
     /// Where the tables live.
@@ -177,6 +180,16 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
                 stock.put(above);
             }
         }
+    }
+
+    /// Leaves cut since the table was made.
+    pub fn cuts(&self) -> u64 {
+        self.cuts.load(Ordering::Relaxed)
+    }
+
+    /// Leaves merged since the table was made.
+    pub fn merges(&self) -> u64 {
+        self.merges.load(Ordering::Relaxed)
     }
 
     /// Bytes in this tree's tables. The caller holds the whole table.

@@ -234,8 +234,17 @@ impl Slot {
     /// A guard that the caller keeps for a while (a zero-copy slice): the thread is noted, so that [`Readers::held_by_caller`] can
     /// turn what would be a deadlock into an error.
     pub fn hold(&mut self, domain: u32) -> Guard<'_> {
-        self.shared.holder.store(thread_token(), Ordering::Relaxed);
         self.enter(domain);
+        self.keep()
+    }
+
+    /// Makes a long guard, as [`Slot::hold`] does, of the one that [`Slot::enter`] opened.
+    ///
+    /// # Panics
+    /// When none is open.
+    pub fn keep(&mut self) -> Guard<'_> {
+        assert!(self.is_inside(), "slot '{}' has no guard to keep", self.shared.name);
+        self.shared.holder.store(thread_token(), Ordering::Relaxed);
         Guard { slot: self, long: true, not_send: PhantomData }
     }
 

@@ -1,0 +1,483 @@
+//! The audit: three tables, held against each other.
+//!
+//! IO page tables are read back by [`read_tree`](crate::read_tree), which shares no code with their writer; the RMP by its raw words; stage 2
+//! cannot be read by anyone outside KVM, so what was recorded there is used, and every answer says so (design D-11). An audit holds the pages it looks at, 16 MiB
+//! at a time, so it may run while devices, vCPUs and conversions do.
+
+use crate::raw_walk::{RawLeaf, RawTree, read_tree};
+use crate::{Evidence, Space, Transition};
+use addr::{Address, Gpa, Iova, Lg2, Oa, PAGE_LG2, Page, SizeSet, Span};
+use backing::{Backing, PageState};
+use ioas::{Area, Ioas, Pages};
+use iommu::Domain;
+use std::fmt;
+use std::sync::Arc;
+
+/// Pages looked at under one lock: 16 MiB.
+const CHUNK_LG2: u8 = 12;
+/// How often something seen without a lock must be seen before it counts.
+const LOOKS: u32 = 5;
+
+/// What one table says about a span, and how that is known.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Says {
+    /// How it was looked at.
+    pub evidence: Evidence,
+    /// In words.
+    pub what: String,
+}
+
+impl fmt::Display for Says {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.what, self.evidence)
+    }
+}
+
+/// A span about which the tables differ.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Difference {
+    /// The invariant that is broken.
+    pub invariant: &'static str,
+    /// What is wrong.
+    pub what: String,
+    /// As devices name it.
+    pub iova: Span<Iova>,
+    /// The IO page table.
+    pub io_page_table: Says,
+    /// The secure world's table.
+    pub secure: Says,
+    /// Stage 2.
+    pub stage2: Says,
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}: {} at {}", self.invariant, self.what, self.iova)?;
+        writeln!(f, "    IO page table: {}", self.io_page_table)?;
+        writeln!(f, "    secure world:  {}", self.secure)?;
+        write!(f, "    stage 2:       {}", self.stage2)
+    }
+}
+
+/// What an audit looked at, and what it found.
+#[derive(Clone, Debug, Default)]
+pub struct AuditReport {
+    /// IO page table leaves read back.
+    pub leaves: u64,
+    /// IO page tables read back.
+    pub tables: u64,
+    /// RMP entries read back.
+    pub entries: u64,
+    /// Pages whose state was compared in all three.
+    pub pages: u64,
+    /// Where the tables differ; at most [`AuditReport::LIMIT`] are kept, all are counted.
+    pub differences: Vec<Difference>,
+    /// All differences.
+    pub count: u64,
+}
+
+impl AuditReport {
+    /// Differences that are described; a broken table can have millions.
+    pub const LIMIT: usize = 64;
+
+    /// Whether the tables are equal.
+    pub fn is_clean(&self) -> bool {
+        self.count == 0
+    }
+
+    fn add(&mut self, difference: Difference) {
+        self.count += 1;
+        if self.differences.len() < Self::LIMIT {
+            self.differences.push(difference);
+        }
+    }
+
+    /// Adds what another audit found.
+    pub fn absorb(&mut self, other: Self) {
+        self.leaves += other.leaves;
+        self.tables += other.tables;
+        self.entries += other.entries;
+        self.pages += other.pages;
+        self.count += other.count;
+        let room = Self::LIMIT - self.differences.len().min(Self::LIMIT);
+        self.differences.extend(other.differences.into_iter().take(room));
+    }
+}
+
+/// Audits one VM's tables.
+#[derive(Debug)]
+pub struct Auditor<'a> {
+    space: &'a Space,
+    populated: bool,
+}
+
+/// A leaf run that a rule asks for.
+struct Expected {
+    iova: Span<Iova>,
+    oa: Oa,
+    sizes: SizeSet,
+}
+
+impl<'a> Auditor<'a> {
+    /// For the tables of `space`.
+    pub fn new(space: &'a Space) -> Self {
+        Self { space, populated: false }
+    }
+
+    /// All memory was populated at the start, so that a hole in it is a loss; otherwise memory that was never touched is one.
+    #[must_use]
+    pub fn populated(mut self) -> Self {
+        self.populated = true;
+        self
+    }
+
+    /// Looks at the whole of one IOAS: every word of every table in every domain, the RMP entry of every page in its areas, and stage 2.
+    pub fn audit(&self, ioas: &Ioas) -> AuditReport {
+        let mut report = AuditReport::default();
+        let mut areas = ioas.areas();
+        areas.sort_by_key(|area| area.span());
+        for area in &areas {
+            for pages in area.page_span().blocks(CHUNK_LG2) {
+                self.audit_pages(area, pages, &mut report);
+            }
+        }
+        self.audit_strays(ioas, &areas, &mut report);
+        self.audit_summaries(&mut report);
+        report
+    }
+
+    /// Looks at some pages of one backing, in every IOAS that maps them, and at nothing else: for an audit after each step.
+    pub fn audit_part(&self, backing: &Arc<Backing>, pages: Span<Page>) -> AuditReport {
+        let mut report = AuditReport::default();
+        for area in Pages::of(backing).areas_over(pages) {
+            for chunk in pages.blocks(CHUNK_LG2) {
+                if let Some(chunk) = chunk.intersect(area.page_span()) {
+                    self.audit_pages(&area, chunk, &mut report);
+                }
+            }
+        }
+        report
+    }
+
+    /// Pages in transition have no leaf in any domain (I-7).
+    pub fn check_transition(&self, transition: &Transition<'_>) -> AuditReport {
+        let mut report = AuditReport::default();
+        for (_, pages, span) in transition.pages {
+            for area in pages.areas_over(*span) {
+                let Some(part) = iova_of(&area, *span) else { continue };
+                for domain in area.domains() {
+                    for leaf in read(&domain, part).leaves {
+                        report.leaves += 1;
+                        let what = "a page in transition is mapped".into();
+                        report.add(self.difference("I-7", what, leaf.span.intersect(part).unwrap_or(leaf.span), Some(&leaf), Some((&area, pages.backing()))));
+                    }
+                }
+            }
+        }
+        report
+    }
+
+    fn audit_pages(&self, area: &Area, pages: Span<Page>, report: &mut AuditReport) {
+        let backing = Arc::clone(area.backing());
+        let _held = backing.lock(pages);
+        let Some(part) = iova_of(area, pages) else { return };
+        let mut expected = Vec::new();
+        area.expected(pages, |iova, oa, sizes| expected.push(Expected { iova, oa, sizes }));
+        for domain in area.domains() {
+            let tree = read(&domain, part);
+            report.tables += tree.tables;
+            for odd in &tree.oddities {
+                let what = format!("the entry at {} is {:#x}: {}", odd.at, odd.value, odd.why);
+                report.add(self.difference("I-10", what, odd.span, None, Some((area, &backing))));
+            }
+            self.compare_leaves(area, part, &expected, &tree.leaves, report);
+        }
+        self.compare_entries(area, &backing, pages, report);
+        self.compare_holes(area, &backing, pages, report);
+    }
+
+    /// The leaves say what the rule asks for, nothing more and nothing less.
+    fn compare_leaves(&self, area: &Area, part: Span<Iova>, expected: &[Expected], leaves: &[RawLeaf], report: &mut AuditReport) {
+        let backing = area.backing();
+        let mut add = |invariant, what: &str, span, leaf: Option<&RawLeaf>| {
+            report.add(self.difference(invariant, what.into(), span, leaf, Some((area, backing))));
+        };
+        let mut wanted = expected.iter().peekable();
+        // First IOVA of the wanted run at hand that no leaf has covered yet.
+        let mut covered_to: Option<Iova> = None;
+        for leaf in leaves {
+            let Some(seen) = leaf.span.intersect(part) else { continue };
+            // Runs that end before this leaf were not mapped, or not to their end.
+            while let Some(run) = wanted.next_if(|run| run.iova.last() < seen.start()) {
+                let from = covered_to.take().unwrap_or(run.iova.start());
+                if let Some(missing) = Span::new(from, run.iova.last()).filter(|_| from <= run.iova.last()) {
+                    add("I-10", "a page that should be mapped is not", missing, None);
+                }
+            }
+            let Some(run) = wanted.peek().filter(|run| run.iova.covers(seen)) else {
+                add(self.owner_rule(area, seen), "a page that must not be mapped is", seen, Some(leaf));
+                continue;
+            };
+            let from = covered_to.unwrap_or(run.iova.start());
+            if from < seen.start() {
+                add("I-10", "a page that should be mapped is not", Span::of(from, Iova::new(seen.start().get() - 1)), None);
+            }
+            let given = leaf.oa.plus(seen.start().offset_from(leaf.span.start()));
+            let right = run.oa.plus(seen.start().offset_from(run.iova.start()));
+            if given != right {
+                add("I-5", &format!("the leaf leads to {given}, the page is at {right}"), seen, Some(leaf));
+            }
+            if (leaf.read, leaf.write) != (area.perm().allows(pt::Perm::READ), area.perm().allows(pt::Perm::WRITE)) {
+                add("I-10", "the leaf's permissions are not the area's", seen, Some(leaf));
+            }
+            let size = Lg2(64 - leaf.span.last_offset().leading_zeros() as u8);
+            if !run.sizes.has(size) {
+                add("I-5", &format!("a leaf of {size} where the rule allows {:#x}", run.sizes.0), seen, Some(leaf));
+            }
+            covered_to = seen.last().checked_add(1);
+            if seen.last() == run.iova.last() {
+                wanted.next();
+                covered_to = None;
+            }
+        }
+        for run in wanted {
+            let from = covered_to.take().unwrap_or(run.iova.start());
+            if let Some(missing) = Span::new(from, run.iova.last()) {
+                add("I-10", "a page that should be mapped is not", missing, None);
+            }
+        }
+        report.leaves += leaves.len() as u64;
+    }
+
+    /// Which promise a leaf breaks that should not be there.
+    fn owner_rule(&self, area: &Area, span: Span<Iova>) -> &'static str {
+        match pages_of(area, span).map(|pages| area.backing().state(pages.start())) {
+            Some(PageState::Private) => "I-5",
+            Some(PageState::Absent) => "I-4",
+            _ => "I-6",
+        }
+    }
+
+    /// Every page's own RMP entry, bit by bit, against its state; and stage 2's record.
+    fn compare_entries(&self, area: &Area, backing: &Arc<Backing>, pages: Span<Page>, report: &mut AuditReport) {
+        for (run, state) in backing.states(pages) {
+            report.pages += run.len();
+            let gpas = self.space.gpa_of(backing, run.start());
+            self.compare_stage2(area, backing, run, state, gpas, report);
+            for (extent, oa) in backing.extents(run) {
+                for offset in 0..extent.len() {
+                    let page = extent.start().plus(offset);
+                    let gpa = gpas.map(|gpa| gpa.plus(page.offset_from(run.start()) << PAGE_LG2));
+                    report.entries += 1;
+                    if let Some(what) = self.entry_is_wrong(oa.plus(offset << PAGE_LG2), state, gpa)
+                        && let Some(iova) = iova_of(area, Span::one(page))
+                    {
+                        let invariant = if state == PageState::Private { "I-5" } else { "I-6" };
+                        report.add(self.difference(invariant, what, iova, None, Some((area, backing))));
+                    }
+                }
+            }
+        }
+    }
+
+    /// The whole entry is what its state makes it; what the guest alone decides is taken from what it told us.
+    fn entry_is_wrong(&self, oa: Oa, state: PageState, gpa: Option<Gpa>) -> Option<String> {
+        const SIZE: u64 = 1 << 1;
+        const SUBPAGE_COUNT: u64 = 0x1ff << 3;
+        const VALIDATED: u64 = 1 << 62;
+        const RESET_PERMS: u64 = 0x1f;
+        let [q1, q2] = self.space.rmp().raw(oa);
+        let group = self.space.rmp().raw(oa.align_down(Lg2::M2.0))[0];
+        let large = group & (1 | SIZE) == 1 | SIZE;
+        let first = oa.is_aligned(Lg2::M2.0);
+        let wrong = |why: &str| Some(format!("the RMP entry of {oa} is {q1:#x} {q2:#x}: {why}"));
+        // The count of a group's other pages is compared by the recount.
+        let own = if first { q1 & !SUBPAGE_COUNT } else { q1 };
+        match state {
+            PageState::Private => {
+                if q1 & 1 == 0 {
+                    return wrong("not assigned, and the page is private");
+                }
+                if large && !first {
+                    return (own != 1 || q2 != 0).then(|| wrong("a page inside a 2 MiB entry says more than assigned")).flatten();
+                }
+                let gpa = gpa?;
+                let span = Span::block(gpa, if large { Lg2::M2.0 } else { PAGE_LG2 });
+                let validated = self.space.validated_runs(span).iter().any(|(_, yes)| *yes);
+                let size = if large { SIZE } else { 0 };
+                let right = 1 | size | gpa.get() & 0x0007_ffff_ffff_f000 | u64::from(self.space.asid()) << 51 | if validated { VALIDATED } else { 0 };
+                if own != right {
+                    return wrong(&format!("it should be {right:#x}"));
+                }
+                (q2 != RESET_PERMS).then(|| wrong("permissions are not those of a fresh page")).flatten()
+            }
+            PageState::Shared => {
+                if own != 0 {
+                    return wrong("not all zero, and the page is shared");
+                }
+                (q2 != 0 && q2 != RESET_PERMS).then(|| wrong("permissions that no instruction leaves on a shared page")).flatten()
+            }
+            // A leaked page is assigned for ever and absent for us.
+            PageState::Absent => None,
+        }
+    }
+
+    fn compare_stage2(&self, area: &Area, backing: &Arc<Backing>, run: Span<Page>, state: PageState, gpa: Option<Gpa>, report: &mut AuditReport) {
+        let Some(gpa) = gpa.filter(|_| state != PageState::Absent) else { return };
+        let Ok(span) = Span::from_len(gpa, run.len() << PAGE_LG2) else { return };
+        for (part, private) in self.space.stage2().runs(span) {
+            if private != (state == PageState::Private) {
+                let pages = Span::of(
+                    run.start().plus(part.start().offset_from(gpa) >> PAGE_LG2),
+                    run.start().plus(part.last().offset_from(gpa) >> PAGE_LG2),
+                );
+                if let Some(iova) = iova_of(area, pages) {
+                    let what = format!("stage 2 and the owner of {part} differ");
+                    report.add(self.difference("I-11", what, iova, None, Some((area, backing))));
+                }
+            }
+        }
+    }
+
+    /// Memory that went away behind our back.
+    fn compare_holes(&self, area: &Area, backing: &Arc<Backing>, pages: Span<Page>, report: &mut AuditReport) {
+        if !self.populated {
+            return;
+        }
+        for hole in backing.holes(pages).unwrap_or_default() {
+            for (run, state) in backing.states(hole) {
+                if state != PageState::Absent
+                    && let Some(iova) = iova_of(area, run)
+                {
+                    let what = format!("the backing has a hole at {run:?}, and the page counts as {state:?}");
+                    report.add(self.difference("I-4", what, iova, None, Some((area, backing))));
+                }
+            }
+        }
+    }
+
+    /// Nothing is mapped, and no word is odd, where no area is.
+    fn audit_strays(&self, ioas: &Ioas, areas: &[Arc<Area>], report: &mut AuditReport) {
+        let mut gaps = Vec::new();
+        let mut from = Some(Iova::new(0));
+        for area in areas {
+            if let Some(start) = from.filter(|start| *start < area.span().start()) {
+                gaps.push(Span::of(start, Iova::new(area.span().start().get() - 1)));
+            }
+            from = area.span().last().checked_add(1);
+        }
+        gaps.extend(from.map(|start| Span::of(start, Iova::new(u64::MAX))));
+        for domain in ioas.domains() {
+            for gap in &gaps {
+                let strays = |tree: RawTree| {
+                    let leaves = tree.leaves.into_iter().map(|leaf| (leaf.span, Some(leaf), "a leaf where no area is".to_owned()));
+                    let odd = tree.oddities.into_iter().map(|odd| (odd.span, None, format!("the entry at {} is {:#x}: {}", odd.at, odd.value, odd.why)));
+                    leaves.chain(odd).collect::<Vec<_>>()
+                };
+                // Nothing holds the gaps; what is there to stay is there at every look.
+                let mut found = strays(read(&domain, *gap));
+                for _ in 1..LOOKS {
+                    if found.is_empty() {
+                        break;
+                    }
+                    std::thread::yield_now();
+                    let again = strays(read(&domain, *gap));
+                    found.retain(|stray| again.contains(stray));
+                }
+                for (span, leaf, what) in found {
+                    report.add(self.difference("I-4", what, span, leaf.as_ref(), None));
+                }
+            }
+        }
+    }
+
+    /// The RMP's summaries agree with its entries. Seen without a lock, so only what stays counts.
+    fn audit_summaries(&self, report: &mut AuditReport) {
+        let look = || {
+            let mut wrong = Vec::new();
+            self.space.rmp().recount(|error| wrong.push((error.span, error.says, error.counted)));
+            wrong
+        };
+        let mut found = look();
+        for _ in 1..LOOKS {
+            if found.is_empty() {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(1));
+            let again = look();
+            found.retain(|wrong| again.contains(wrong));
+        }
+        for (span, says, counted) in found {
+            let what = format!("the RMP counts {says} assigned pages in {span}, its entries {counted}");
+            report.add(self.difference("D-6", what, Span::whole(), None, None));
+        }
+    }
+
+    /// What each of the three tables says about a span.
+    fn difference(&self, invariant: &'static str, what: String, iova: Span<Iova>, leaf: Option<&RawLeaf>, of: Option<(&Area, &Arc<Backing>)>) -> Difference {
+        let page = of.and_then(|(area, backing)| Some((backing, pages_of(area, iova)?.start())));
+        let io_page_table = leaf.map_or_else(
+            || of.and_then(|(area, _)| Some(describe_leaf(&first_leaf(area, iova)?))).unwrap_or_else(|| "no leaf".into()),
+            describe_leaf,
+        );
+        let secure = page.map_or_else(
+            || "not asked".into(),
+            |(backing, page)| {
+                let oa = backing.oa(page);
+                format!("{oa} is {:?}, entry {:x?}", self.space.rmp().state(oa), self.space.rmp().raw(oa))
+            },
+        );
+        let stage2 = page.and_then(|(backing, page)| self.space.gpa_of(backing, page)).map_or_else(
+            || "no memslot".into(),
+            |gpa| format!("{gpa:?} is {}", if self.space.stage2().is_private(gpa) { "private" } else { "shared" }),
+        );
+        Difference {
+            invariant,
+            what,
+            iova,
+            io_page_table: Says { evidence: Evidence::ReadBack, what: io_page_table },
+            secure: Says { evidence: Evidence::ReadBack, what: secure },
+            stage2: Says { evidence: self.space.evidence(), what: stage2 },
+        }
+    }
+
+    /// What each of the three tables says about one page of the guest: for reports of others who found something wrong there.
+    pub fn describe(&self, ioas: &Ioas, gpa: Gpa, invariant: &'static str, what: &str) -> Difference {
+        let found = self.space.page_at(gpa).and_then(|(backing, page)| {
+            let area = Pages::of(&backing).areas_over(Span::one(page)).into_iter().find(|area| ioas.areas().iter().any(|own| Arc::ptr_eq(own, area)))?;
+            Some((area, backing, page))
+        });
+        let span = found.as_ref().and_then(|(area, _, page)| iova_of(area, Span::one(*page))).unwrap_or(Span::block(Iova::new(gpa.get()), PAGE_LG2));
+        self.difference(invariant, what.into(), span, None, found.as_ref().map(|(area, backing, _)| (&**area, backing)))
+    }
+}
+
+fn first_leaf(area: &Area, iova: Span<Iova>) -> Option<RawLeaf> {
+    area.domains().iter().find_map(|domain| read(domain, iova).leaves.first().copied())
+}
+
+fn describe_leaf(leaf: &RawLeaf) -> String {
+    let rights = [if leaf.read { "r" } else { "-" }, if leaf.write { "w" } else { "-" }].concat();
+    format!("{} to {} {rights}", leaf.span, leaf.oa)
+}
+
+fn read(domain: &Domain, within: Span<Iova>) -> RawTree {
+    let (root, level) = domain.table().root();
+    let arena = domain.table().arena();
+    read_tree(&|at| arena.peek(at), root, level + 1, within)
+}
+
+/// Where an area shows pages.
+fn iova_of(area: &Area, pages: Span<Page>) -> Option<Span<Iova>> {
+    let own = area.page_span();
+    let part = pages.intersect(own)?;
+    let start = area.span().start().plus(part.start().offset_from(own.start()) << PAGE_LG2);
+    Span::from_len(start, part.len() << PAGE_LG2).ok()?.intersect(area.span())
+}
+
+/// Which pages an area shows there.
+fn pages_of(area: &Area, iova: Span<Iova>) -> Option<Span<Page>> {
+    let part = iova.intersect(area.span())?;
+    let offset = area.offset_bytes() + part.start().offset_from(area.span().start());
+    Some(Span::of(Page::new(offset), Page::new(offset + part.last_offset())).index(PAGE_LG2))
+}

@@ -1,0 +1,132 @@
+//! What can go wrong in a conversion, and exactly how far it came.
+
+use crate::Stage2Error;
+use addr::{Gpa, Oa, Span, SpanError};
+use secure::Code;
+use thiserror::Error;
+
+/// A step of the transaction, as reports name it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Step {
+    /// Looking at the request.
+    Plan,
+    /// Taking memory and tables.
+    Reserve,
+    /// Splitting a 2 MiB entry and its leaf.
+    Smash,
+    /// Changing the RMP.
+    Switch,
+    /// Telling stage 2.
+    Commit,
+    /// Mapping what may be mapped.
+    Attach,
+}
+
+/// Why a conversion did not finish. Up to and with `Reserve` and `Smash` nothing has changed.
+#[derive(Debug, Error)]
+pub enum ConvertError {
+    /// The span is no span of pages.
+    #[error("cannot convert: {0}")]
+    Span(#[from] SpanError),
+    /// No memslot covers part of the span.
+    #[error("cannot convert {span}: no memslot is at {at}")]
+    NoMemory {
+        /// What was asked for.
+        span: Span<Gpa>,
+        /// The first address without memory.
+        at: Gpa,
+    },
+    /// Two changes of one batch meet.
+    #[error("cannot convert {span} twice in one batch; send the second change in a batch of its own")]
+    Twice {
+        /// The later of the two.
+        span: Span<Gpa>,
+    },
+    /// A page of the span was leaked: the secure world would not give it back.
+    #[error("cannot convert {span}: the page at {oa} was leaked after the secure world kept it; it is never used again")]
+    Leaked {
+        /// What was asked for.
+        span: Span<Gpa>,
+        /// The leaked page.
+        oa: Oa,
+    },
+    /// No memory or no table for what later steps need. Nothing has changed.
+    #[error("cannot convert {span}, nothing has changed: {reason}")]
+    Reserve {
+        /// What was asked for.
+        span: Span<Gpa>,
+        /// What could not be had.
+        reason: String,
+    },
+    /// The secure world refused. `done_pages` of the batch are converted, the span is as it was.
+    #[error("the secure world refused {step:?} of {span} ({oa}) with {code:?}; {done_pages} pages of the batch are converted, the rest is as before")]
+    Refused {
+        /// Which step.
+        step: Step,
+        /// The guest's pages.
+        span: Span<Gpa>,
+        /// Their output address.
+        oa: Oa,
+        /// The instruction's code.
+        code: Code,
+        /// Pages converted before it.
+        done_pages: u64,
+    },
+    /// A page could not be taken from the guest: it is unmapped, counted, and never used again.
+    #[error("{span} ({oa}) could not be made shared again ({code:?}); it is leaked and {done_pages} other pages of the batch are converted")]
+    Leaks {
+        /// The guest's pages.
+        span: Span<Gpa>,
+        /// Their output address.
+        oa: Oa,
+        /// The instruction's code.
+        code: Code,
+        /// Pages converted.
+        done_pages: u64,
+    },
+    /// Stage 2 refused after the owner had changed. The pages are converted and unmapped; converting them again retries.
+    #[error("{source}; the owner has changed already and is not rolled back, {done_pages} pages of the batch are converted: convert the span again")]
+    Stage2 {
+        /// What stage 2 said.
+        source: Stage2Error,
+        /// Pages converted.
+        done_pages: u64,
+    },
+    /// The pages are converted, and devices do not see them. Restoring the span retries.
+    #[error("{span} is converted but not mapped for devices: {reason}; call restore on the span")]
+    NotMapped {
+        /// The guest's pages.
+        span: Span<Gpa>,
+        /// Why not.
+        reason: String,
+    },
+}
+
+impl ConvertError {
+    /// The step that failed.
+    pub fn step(&self) -> Step {
+        match self {
+            Self::Span(_) | Self::NoMemory { .. } | Self::Twice { .. } | Self::Leaked { .. } => Step::Plan,
+            Self::Reserve { .. } => Step::Reserve,
+            Self::Refused { step, .. } => *step,
+            Self::Leaks { .. } => Step::Switch,
+            Self::Stage2 { .. } => Step::Commit,
+            Self::NotMapped { .. } => Step::Attach,
+        }
+    }
+
+    /// The span that it is about, where there is one.
+    pub fn span(&self) -> Option<Span<Gpa>> {
+        match self {
+            Self::Span(_) => None,
+            Self::NoMemory { span, .. }
+            | Self::Twice { span }
+            | Self::Leaked { span, .. }
+            | Self::Reserve { span, .. }
+            | Self::Refused { span, .. }
+            | Self::Leaks { span, .. }
+            | Self::NotMapped { span, .. } => Some(*span),
+            Self::Stage2 { source, .. } => Some(source.span),
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! The first part of a conversion: what it is about, in pages, and holding those pages.
+
+use crate::{Change, ConvertError, Owner, Space};
+use addr::{Address, Gpa, PAGE_LG2, Page, Span};
+use backing::{PageState, SpanGuard};
+use ioas::Pages;
+use std::sync::Arc;
+
+/// Pages of one memslot on their way to one owner.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Piece {
+    pub(crate) gpa: Span<Gpa>,
+    pub(crate) pages: Span<Page>,
+    pub(crate) to: Owner,
+    /// Its backing, by place in the list of held ones.
+    pub(crate) held: usize,
+    pub(crate) from: PageState,
+    pub(crate) fate: Fate,
+}
+
+/// What became of a piece.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Fate {
+    /// Not yet changed; stays as it was when the conversion ends like this.
+    Kept,
+    /// Has its new owner.
+    Switched,
+    /// Has its new owner, stage 2 knows.
+    Committed,
+    /// The secure world kept it.
+    Leaked,
+}
+
+/// A request, translated to pages; nothing is held yet.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    pieces: Vec<Piece>,
+    backings: Vec<Arc<Pages>>,
+}
+
+/// A backing and those of its pages that a conversion holds.
+#[derive(Debug)]
+pub(crate) struct Held<'a> {
+    pub(crate) pages: &'a Arc<Pages>,
+    pub(crate) guard: SpanGuard<'a>,
+}
+
+/// Pages of one RMP group; conversions of one group take turns, since they may have to split its entry.
+const GROUP_LG2: u8 = 9;
+
+impl Plan {
+    pub(crate) fn new(space: &Space, changes: &[Change]) -> Result<Self, ConvertError> {
+        let mut plan = Self { pieces: Vec::with_capacity(changes.len()), backings: Vec::with_capacity(1) };
+        for change in changes {
+            change.span.check_aligned(PAGE_LG2)?;
+            let missing = space.parts(change.span, |gpa, pages, span| {
+                let known = plan.backings.iter().position(|known| Arc::ptr_eq(known, pages));
+                let held = known.unwrap_or_else(|| {
+                    plan.backings.push(Arc::clone(pages));
+                    plan.backings.len() - 1
+                });
+                plan.pieces.push(Piece { gpa, pages: span, to: change.to, held, from: PageState::Absent, fate: Fate::Kept });
+            });
+            if let Some(at) = missing {
+                return Err(ConvertError::NoMemory { span: change.span, at });
+            }
+        }
+        plan.sort();
+        let meets = |pair: &[Piece]| pair[0].held == pair[1].held && pair[0].pages.overlaps(pair[1].pages);
+        if let Some(pair) = plan.pieces.windows(2).find(|pair| meets(pair)) {
+            return Err(ConvertError::Twice { span: pair[1].gpa });
+        }
+        Ok(plan)
+    }
+
+    /// Backings by ascending id, the order in which they are held (I-12); pieces by backing and page.
+    fn sort(&mut self) {
+        if self.backings.len() > 1 {
+            let mut order: Vec<usize> = (0..self.backings.len()).collect();
+            order.sort_by_key(|index| self.backings[*index].backing().id());
+            let place = |old: usize| order.iter().position(|index| *index == old).unwrap_or(old);
+            for piece in &mut self.pieces {
+                piece.held = place(piece.held);
+            }
+            self.backings.sort_by_key(|pages| pages.backing().id());
+        }
+        self.pieces.sort_unstable_by_key(|piece| (piece.held, piece.pages.start()));
+    }
+
+    /// Waits for the pages and holds them, whole groups of them.
+    pub(crate) fn hold(&self) -> Vec<Held<'_>> {
+        let mut spans: Vec<Span<Page>> = Vec::with_capacity(self.pieces.len());
+        let hold = |(held, pages): (usize, &'_ Arc<Pages>), spans: &mut Vec<Span<Page>>| {
+            spans.clear();
+            let all = pages.backing().pages();
+            for piece in self.pieces.iter().filter(|piece| piece.held == held) {
+                let group = piece.pages.widen(GROUP_LG2).intersect(all).unwrap_or(piece.pages);
+                match spans.last_mut() {
+                    Some(last) if last.overlaps(group) || last.touches(group) => *last = Span::of(last.start(), last.last().max(group.last())),
+                    _ => spans.push(group),
+                }
+            }
+        };
+        let mut all = Vec::with_capacity(self.backings.len());
+        for (index, pages) in self.backings.iter().enumerate() {
+            hold((index, pages), &mut spans);
+            all.push(Held { pages, guard: pages.backing().lock_many(&spans) });
+        }
+        all
+    }
+
+    /// The pieces that are not what they are to become, now that nobody else can change them.
+    pub(crate) fn todo(&self, space: &Space, held: &[Held<'_>]) -> Vec<Piece> {
+        let mut todo = Vec::with_capacity(self.pieces.len());
+        for piece in &self.pieces {
+            let backing = held[piece.held].pages.backing();
+            for (run, from) in backing.states(piece.pages) {
+                let gpa = piece.gpa.project(piece.pages.unindex(PAGE_LG2), run.unindex::<Page>(PAGE_LG2));
+                let wanted = PageState::from(piece.to);
+                // Also what stage 2 did not take the last time is done again.
+                let told = |gpa: Span<Gpa>| space.stage2.runs(gpa).iter().all(|(_, private)| *private == (piece.to == Owner::Private));
+                if from != wanted || !told(gpa) {
+                    todo.push(Piece { gpa, pages: run, from, ..*piece });
+                }
+            }
+        }
+        todo
+    }
+}
+
+impl Plan {
+    /// The pieces in one held backing.
+    pub(crate) fn pages_of(&self, held: &Held<'_>) -> impl Iterator<Item = (Span<Gpa>, Span<Page>)> {
+        let of = |piece: &&Piece| Arc::ptr_eq(&self.backings[piece.held], held.pages);
+        self.pieces.iter().filter(of).map(|piece| (piece.gpa, piece.pages)).collect::<Vec<_>>().into_iter()
+    }
+}
+
+impl Piece {
+    /// The pages that were done, those that failed, those that were not tried.
+    pub(crate) fn split(&self, done: u64, bad: Span<Page>) -> (Option<Self>, Self, Option<Self>) {
+        let part = |pages: Span<Page>| Self { gpa: self.gpa.project(self.pages.unindex(PAGE_LG2), pages.unindex::<Page>(PAGE_LG2)), pages, ..*self };
+        let done = (done > 0).then(|| part(Span::of(self.pages.start(), self.pages.start().plus(done - 1))));
+        let rest = bad.last().checked_add(1).and_then(|next| Span::new(next, self.pages.last())).map(part);
+        (done, part(bad), rest)
+    }
+}

@@ -1,0 +1,102 @@
+//! The one step that changes the owner: RMPUPDATE and PSMASH over runs of pages, in the largest entries that fit.
+
+use crate::Owner;
+use crate::plan::Piece;
+use addr::{Address, Gpa, Lg2, Oa, PAGE_LG2, Page, Span};
+use backing::Backing;
+use iommu::SystemRmp;
+use secure::{Code, RmpSize, RmpState};
+
+const GROUP_LG2: u8 = 9;
+const TRIES: u32 = 64;
+
+/// Where a switch stopped.
+#[derive(Debug)]
+pub(crate) struct Failed {
+    /// Pages before it that have the new owner.
+    pub(crate) done: u64,
+    /// The pages that were refused.
+    pub(crate) bad: Span<Page>,
+    pub(crate) oa: Oa,
+    pub(crate) code: Code,
+}
+
+/// Blocks of 2 MiB whose entry is that large and of which `pages` has only a part.
+pub(crate) fn partial_blocks<'a>(rmp: &'a SystemRmp, backing: &'a Backing, pages: Span<Page>) -> impl Iterator<Item = Span<Page>> + 'a {
+    let first = Span::block(pages.start(), GROUP_LG2);
+    let last = Span::block(pages.last(), GROUP_LG2);
+    let ends = [Some(first), (last != first).then_some(last)];
+    ends.into_iter().flatten().filter(move |block| !pages.covers(*block) && backing.pages().covers(*block) && is_large(rmp, backing, *block))
+}
+
+fn is_large(rmp: &SystemRmp, backing: &Backing, block: Span<Page>) -> bool {
+    rmp.size_at(backing.oa(block.start())) == RmpSize::M2
+}
+
+/// PSMASH. An entry that is small already needs none.
+pub(crate) fn smash(rmp: &SystemRmp, oa: Oa) -> Result<(), Code> {
+    retry(Code::FailInUse, || rmp.psmash(oa))
+}
+
+/// Gives every page of the piece its new owner; `None` when all of it was done.
+pub(crate) fn switch(rmp: &SystemRmp, backing: &Backing, piece: &Piece, asid: u32) -> Option<Failed> {
+    for (run, oa) in backing.extents(piece.pages) {
+        let gpa = piece.gpa.start().plus(run.start().offset_from(piece.pages.start()) << PAGE_LG2);
+        let mut at = 0;
+        while at < run.len() {
+            let (oa, gpa, left) = (oa.plus(at << PAGE_LG2), gpa.plus(at << PAGE_LG2), run.len() - at);
+            let large = left >= 1 << GROUP_LG2 && oa.is_aligned(Lg2::M2.0) && gpa.is_aligned(Lg2::M2.0) && large_fits(rmp, oa, piece.to);
+            let (size, pages) = if large { (RmpSize::M2, 1 << GROUP_LG2) } else { (RmpSize::K4, 1) };
+            if let Err(code) = update(rmp, oa, gpa, size, piece.to, asid) {
+                let bad = Span::of(run.start().plus(at), run.start().plus(at + pages - 1));
+                return Some(Failed { done: bad.start().offset_from(piece.pages.start()), bad, oa, code });
+            }
+            at += pages;
+        }
+    }
+    None
+}
+
+/// Small entries are given back one by one; large ones and free ground are taken in one go.
+fn large_fits(rmp: &SystemRmp, oa: Oa, to: Owner) -> bool {
+    match to {
+        Owner::Private => rmp.summary_2m(oa) == 0,
+        Owner::Shared => rmp.size_at(oa) == RmpSize::M2,
+    }
+}
+
+fn update(rmp: &SystemRmp, oa: Oa, gpa: Gpa, size: RmpSize, to: Owner, asid: u32) -> Result<(), Code> {
+    let state = match to {
+        Owner::Private => RmpState::private(gpa, size, asid),
+        Owner::Shared => RmpState::shared(size),
+    };
+    // Firmware may have the range for a moment.
+    retry(Code::FailOverlap, || rmp.rmpupdate(oa, state))
+}
+
+fn retry(busy: Code, mut attempt: impl FnMut() -> Result<(), Code>) -> Result<(), Code> {
+    for _ in 1..TRIES {
+        match attempt() {
+            Err(code) if code == busy => std::hint::spin_loop(),
+            done => return done,
+        }
+    }
+    attempt()
+}
+
+/// Takes pages out of use for good.
+pub(crate) fn leak(rmp: &SystemRmp, backing: &Backing, pages: Span<Page>) {
+    for (run, oa) in backing.extents(pages) {
+        for page in 0..run.len() {
+            rmp.leak(oa.plus(page << PAGE_LG2));
+        }
+    }
+}
+
+/// The first page of `pages` that was leaked.
+pub(crate) fn first_leaked(rmp: &SystemRmp, backing: &Backing, pages: Span<Page>) -> Option<Oa> {
+    if rmp.leaked_pages() == 0 {
+        return None;
+    }
+    rmp.leaked().into_iter().find(|oa| backing.page_of(*oa).is_some_and(|page| pages.contains(page)))
+}

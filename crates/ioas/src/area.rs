@@ -1,0 +1,225 @@
+//! One stretch of IOVA that stands for a stretch of one backing.
+
+use crate::placement::Reservation;
+use crate::{LeafRule, Pages};
+use addr::{Address, Iova, Lg2, Oa, PAGE_BYTES, PAGE_LG2, Page, SizeSet, Span};
+use backing::Backing;
+use iommu::Domain;
+use pt::Perm;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Where an area is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AreaState {
+    /// Its IOVA is taken, its leaves are being installed.
+    Building,
+    /// In use.
+    Live,
+    /// Its leaves are going; nothing maps them again.
+    Closing,
+}
+
+/// What the areas of one IOAS share: how leaves are chosen.
+#[derive(Debug)]
+pub(crate) struct Policy {
+    pub(crate) rule: Arc<dyn LeafRule>,
+    /// Every leaf is exactly one page (rule 34).
+    pub(crate) small_only: AtomicBool,
+}
+
+impl Policy {
+    pub(crate) fn sizes(&self) -> SizeSet {
+        if self.small_only.load(Ordering::Relaxed) { SizeSet::only(Lg2::K4) } else { SizeSet::ALL }
+    }
+}
+
+/// A domain's place in an IOAS.
+#[derive(Debug)]
+pub(crate) struct Seat {
+    pub(crate) domain: Arc<Domain>,
+    /// Set before a detach goes through the areas: from then on no leaf is installed, so one flush at the end is enough.
+    pub(crate) leaving: AtomicBool,
+    /// What its format cannot translate.
+    pub(crate) outside: Vec<Reservation>,
+}
+
+impl Seat {
+    /// Whether a detach goes through the areas. Its table may then go away under anyone who does not hold the area's pages since before.
+    pub(crate) fn is_leaving(&self) -> bool {
+        self.leaving.load(Ordering::Acquire)
+    }
+}
+
+/// A seat list is replaced, never changed, so that whoever works on an area has one list from beginning to end.
+pub(crate) type Seats = Arc<[Arc<Seat>]>;
+
+/// One stretch of IOVA that stands for a stretch of one backing.
+pub struct Area {
+    pub(crate) span: Span<Iova>,
+    pub(crate) pages: Arc<Pages>,
+    /// Byte of the backing that the first IOVA stands for.
+    pub(crate) offset: u64,
+    pub(crate) perm: Perm,
+    /// Whether the pages were mapped for writing when they first were; copies inherit it (rule 18).
+    pub(crate) writable: bool,
+    pub(crate) policy: Arc<Policy>,
+    /// 0 building, 1 live, else the ticket of the unmap that closes it.
+    state: AtomicU64,
+    /// In which domains its leaves are. Changed only under the span lock of its pages.
+    seats: Mutex<Seats>,
+}
+
+/// What makes an area, before it has a place.
+#[derive(Clone)]
+pub(crate) struct Part {
+    pub(crate) pages: Arc<Pages>,
+    pub(crate) offset: u64,
+    pub(crate) len: u64,
+    pub(crate) writable: bool,
+}
+
+const BUILDING: u64 = 0;
+const LIVE: u64 = 1;
+
+impl Area {
+    pub(crate) fn new(span: Span<Iova>, part: Part, perm: Perm, policy: &Arc<Policy>, seats: Seats) -> Self {
+        Self {
+            span,
+            pages: part.pages,
+            offset: part.offset,
+            perm,
+            writable: part.writable,
+            policy: Arc::clone(policy),
+            state: AtomicU64::new(BUILDING),
+            seats: Mutex::new(seats),
+        }
+    }
+
+    /// Its IOVAs.
+    pub fn span(&self) -> Span<Iova> {
+        self.span
+    }
+
+    /// Whose pages they stand for.
+    pub fn backing(&self) -> &Arc<Backing> {
+        self.pages.backing()
+    }
+
+    /// The byte of the backing that the first IOVA stands for.
+    pub fn offset_bytes(&self) -> u64 {
+        self.offset
+    }
+
+    /// The pages it touches; without a domain, the first and last may be touched in part.
+    pub fn page_span(&self) -> Span<Page> {
+        Span::of(Page::new(self.offset), Page::new(self.offset + self.span.last_offset())).index(PAGE_LG2)
+    }
+
+    /// What devices may do through it.
+    pub fn perm(&self) -> Perm {
+        self.perm
+    }
+
+    /// Where it is in its life.
+    pub fn state(&self) -> AreaState {
+        match self.state.load(Ordering::Acquire) {
+            BUILDING => AreaState::Building,
+            LIVE => AreaState::Live,
+            _ => AreaState::Closing,
+        }
+    }
+
+    /// The domains that show it.
+    pub fn domains(&self) -> Vec<Arc<Domain>> {
+        self.seats().iter().map(|seat| Arc::clone(&seat.domain)).collect()
+    }
+
+    /// The byte of the backing behind `iova`, which lies in the area.
+    pub(crate) fn byte_of(&self, iova: Iova) -> u64 {
+        self.offset + iova.offset_from(self.span.start())
+    }
+
+    /// Where pages of it are seen, clipped to it. Whole pages once a domain is attached (rule 33).
+    pub(crate) fn iova_of(&self, pages: Span<Page>) -> Option<Span<Iova>> {
+        let bytes: Span<Page> = pages.unindex(PAGE_LG2);
+        let own = Span::of(Page::new(self.offset), Page::new(self.offset + self.span.last_offset()));
+        Some(self.span.project(own, bytes.intersect(own)?))
+    }
+
+    /// The pages behind a part of it.
+    pub(crate) fn pages_of(&self, part: Span<Iova>) -> Option<Span<Page>> {
+        let part = part.intersect(self.span)?;
+        Some(Span::of(Page::new(self.byte_of(part.start())), Page::new(self.byte_of(part.last()))).index(PAGE_LG2))
+    }
+
+    /// Calls `run` for each contiguous run of `pages` that may have leaves, with the sizes they may have.
+    pub(crate) fn each_run<E>(&self, pages: Span<Page>, mut run: impl FnMut(Span<Iova>, Oa, SizeSet) -> Result<(), E>) -> Result<(), E> {
+        let Some(part) = pages.intersect(self.page_span()) else { return Ok(()) };
+        let limit = self.policy.sizes();
+        let backing = self.backing();
+        for (states, state) in backing.states(part) {
+            let mut rest = Some(states);
+            while let Some(todo) = rest {
+                let (answered, sizes) = self.policy.rule.leaf(backing, todo, state);
+                let piece = Span::of(todo.start(), answered.last().clamp(todo.start(), todo.last()));
+                rest = piece.last().checked_add(1).and_then(|next| Span::new(next, todo.last()));
+                let Some(sizes) = sizes.map(|sizes| sizes.and(limit)) else { continue };
+                for (pages, oa) in backing.extents(piece) {
+                    if let Some(iova) = self.iova_of(pages) {
+                        run(iova, oa.plus(self.byte_of(iova.start()) % PAGE_BYTES), sizes)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The leaves that `pages` should have now, for an audit: contiguous runs, each with its first output address and the sizes that its leaves may
+    /// have. What lies between has no leaf. Stable only while the caller holds the pages.
+    pub fn expected(&self, pages: Span<Page>, mut run: impl FnMut(Span<Iova>, Oa, SizeSet)) {
+        let all = self.each_run(pages, |iova, oa, sizes| {
+            run(iova, oa, sizes);
+            Ok::<_, std::convert::Infallible>(())
+        });
+        match all {
+            Ok(()) => {}
+        }
+    }
+
+    pub(crate) fn publish(&self) {
+        self.state.store(LIVE, Ordering::Release);
+    }
+
+    /// From live to closing; `false` when it was not live.
+    pub(crate) fn close(&self, ticket: u64) -> bool {
+        self.state.compare_exchange(LIVE, ticket, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    }
+
+    /// Ends an area that never came to life.
+    pub(crate) fn abandon(&self, ticket: u64) {
+        self.state.store(ticket, Ordering::Release);
+    }
+
+    pub(crate) fn is_closed_by(&self, ticket: u64) -> bool {
+        self.state.load(Ordering::Acquire) == ticket
+    }
+
+    pub(crate) fn seats(&self) -> Seats {
+        Arc::clone(&self.seats.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The caller holds the span lock of the area's pages.
+    pub(crate) fn set_seats(&self, seats: Seats) {
+        *self.seats.lock().unwrap_or_else(PoisonError::into_inner) = seats;
+    }
+}
+
+impl fmt::Debug for Area {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut out = f.debug_struct("Area");
+        out.field("span", &self.span).field("backing", &self.backing().id()).field("offset", &self.offset);
+        out.field("perm", &self.perm).field("state", &self.state()).finish_non_exhaustive()
+    }
+}

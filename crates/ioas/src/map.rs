@@ -1,0 +1,182 @@
+//! Map: reserve the IOVA, install the leaves in every domain while the pages are held, publish. In between others find the area building.
+//!
+//! Tables for all areas and domains are in stock before the first leaf goes in, so a map that fails has usually changed nothing yet.
+
+use crate::area::{Area, Part};
+use crate::edit::Edit;
+use crate::ioas::Domains;
+use crate::pages::{self, Pages};
+use crate::placement::{Place, Space};
+use crate::{Error, Ioas, tables};
+use addr::{Address, Hva, Iova, OutOfMemory, Page, Span, SpanError};
+use backing::{Backing, Kind};
+use pt::Perm;
+use std::sync::Arc;
+use sync::fail;
+
+impl Ioas {
+    /// Maps `len` bytes from byte `offset` of a backing on. With no domain attached any byte will do; a domain needs whole pages
+    /// (see [`Ioas::alignment`]). Cost grows with physically contiguous runs of equal page state, not with pages.
+    ///
+    /// # Errors
+    /// `NoAccess`, `Span`, `Beyond`; those of placement: `Reserved`, `Occupied`, `NoRoom`, `TooLong`, `SourceMisaligned`; `Leaf` when
+    /// tables ran out; no memory. Nothing is mapped then.
+    pub fn map_file(&self, backing: &Arc<Backing>, offset: u64, len: u64, place: Place, perm: Perm) -> Result<Iova, Error> {
+        let source = backing.file_offset().saturating_add(offset);
+        self.map(backing, offset, len, source, place, perm)
+    }
+
+    /// Maps `len` bytes of a backing that is this process's memory, by the user address they begin at.
+    ///
+    /// # Errors
+    /// As [`Ioas::map_file`], and `NoSuchHva`.
+    pub fn map_user(&self, backing: &Arc<Backing>, hva: Hva, len: u64, place: Place, perm: Perm) -> Result<Iova, Error> {
+        let offset = match backing.linear_hva() {
+            Some(start) if backing.kind() == Kind::User && start <= hva => hva.offset_from(start),
+            _ => return Err(Error::NoSuchHva { hva }),
+        };
+        self.map(backing, offset, len, hva.get(), place, perm)
+    }
+
+    fn map(&self, backing: &Arc<Backing>, offset: u64, len: u64, source: u64, place: Place, perm: Perm) -> Result<Iova, Error> {
+        if perm == Perm::NONE {
+            return Err(Error::NoAccess);
+        }
+        if source.checked_add(len).is_none() {
+            return Err(SpanError::Wraps { start: source, len }.into());
+        }
+        if offset.checked_add(len).is_none_or(|end| end > backing.len_bytes()) {
+            return Err(Error::Beyond { offset, len, size: backing.len_bytes() });
+        }
+        fail::step("ioas.pages")?;
+        let part = Part { pages: Pages::of(backing), offset, len, writable: perm.allows(Perm::WRITE) };
+        self.map_parts(vec![part], source, place, perm)
+    }
+
+    /// Maps parts one behind the other. All or nothing.
+    pub(crate) fn map_parts(&self, parts: Vec<Part>, source: u64, place: Place, perm: Perm) -> Result<Iova, Error> {
+        let domains = self.read_domains();
+        let areas = self.take_room(&domains, parts, source, place, perm)?;
+        let mut edit = Edit::new();
+        let mut installed = 0;
+        let done = reserve(&domains, &areas, &mut edit).and_then(|()| {
+            areas.iter().try_for_each(|area| {
+                install(area, &mut edit)?;
+                installed += 1;
+                Ok(())
+            })
+        });
+        // Where a large leaf replaced an empty table, that waits for its readers.
+        if let Err(error) = done {
+            let ticket = self.ticket();
+            areas.iter().for_each(|area| area.abandon(ticket));
+            for area in &areas[..installed] {
+                uninstall(area, &mut edit);
+            }
+            edit.flush();
+            for area in &areas[..installed] {
+                area.pages.unregister(area);
+            }
+            let mut space = self.space_mut();
+            for area in &areas {
+                space.areas.remove(area.span().start());
+            }
+            return Err(error);
+        }
+        edit.flush();
+        areas.iter().for_each(|area| area.publish());
+        Ok(areas[0].span().start())
+    }
+
+    /// Finds room and puts building areas there.
+    fn take_room(&self, domains: &Domains, parts: Vec<Part>, source: u64, place: Place, perm: Perm) -> Result<Vec<Arc<Area>>, Error> {
+        let too_long = Error::TooLong { len: u64::MAX };
+        let len = parts.iter().try_fold(0u64, |sum, part| sum.checked_add(part.len)).ok_or(too_long)?;
+        let mut areas = Vec::new();
+        areas.try_reserve(parts.len()).map_err(|_| OutOfMemory)?;
+        fail::step("ioas.room")?;
+        let mut space = self.space_mut();
+        let room = space.place(place, len, source)?;
+        space.areas.reserve(parts.len())?;
+        let mut at = room.start();
+        for part in parts {
+            let span = Span::from_len(at, part.len)?;
+            check_part(&space, span, &part, perm)?;
+            at = Iova::new(span.last().get().wrapping_add(1));
+            areas.push(Arc::new(Area::new(span, part, perm, &self.policy, Arc::clone(&domains.seats))));
+        }
+        for area in &areas {
+            // The room is free and the tree has reserved its nodes.
+            let inserted = space.areas.insert(area.span(), Arc::clone(area));
+            debug_assert!(inserted.is_ok(), "{inserted:?} in free room");
+        }
+        Ok(areas)
+    }
+}
+
+fn check_part(space: &Space, span: Span<Iova>, part: &Part, perm: Perm) -> Result<(), Error> {
+    if perm.allows(Perm::WRITE) && !part.writable {
+        return Err(Error::ReadOnlyPages { span });
+    }
+    let align = space.align();
+    if part.len % align != 0 {
+        let align_lg2 = align.trailing_zeros() as u8;
+        return Err(SpanError::Misaligned { start: span.start().get(), len: part.len, align_lg2 }.into());
+    }
+    if part.offset % align != 0 {
+        return Err(Error::SourceMisaligned { offset: part.offset, align });
+    }
+    Ok(())
+}
+
+/// Tables for all of it, so that nothing is installed when there are too few. One run in one domain does that by itself.
+fn reserve(domains: &Domains, areas: &[Arc<Area>], edit: &mut Edit) -> Result<(), Error> {
+    for seat in domains.seats.iter() {
+        let slot = edit.prepare(&seat.domain)?;
+        let table = seat.domain.table();
+        for area in areas {
+            let any = table.tables_for_map(area.span());
+            let mut sum = 0u32;
+            let mut runs = 0;
+            // Runs of scattered frames are as many as pages, so stop where the general bound is the better one.
+            let counted = area.each_run(area.page_span(), |iova, oa, sizes| {
+                sum = sum.saturating_add(tables::for_run(table, iova, oa, sizes));
+                runs += 1;
+                if sum >= any { Err(()) } else { Ok(()) }
+            });
+            let alone = runs <= 1 && counted.is_ok() && areas.len() == 1 && domains.seats.len() == 1;
+            if !alone {
+                slot.reserve(sum.min(any))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Installs a building area in its domains. On an error it is as before.
+fn install(area: &Arc<Area>, edit: &mut Edit) -> Result<(), Error> {
+    let backing = Arc::clone(area.backing());
+    let whole = area.page_span();
+    let _held = backing.lock(whole);
+    area.pages.register(area)?;
+    let seats = area.seats();
+    for (index, seat) in seats.iter().enumerate() {
+        let Err(failure) = pages::fill_part(area, whole, edit.slot(&seat.domain)) else { continue };
+        let touched = seats.iter().take(index + usize::from(failure.runs_before > 0));
+        touched.for_each(|seat| area.pages.clear_part(area, whole, edit.slot(&seat.domain)));
+        // Devices may have found the leaves: they are gone for everyone before the pages are let go.
+        edit.flush();
+        area.pages.unregister(area);
+        return Err(failure.error);
+    }
+    Ok(())
+}
+
+/// Takes an area's leaves out. It stays listed, closed, until the flush: whoever changes its pages before that flushes its domains too.
+pub(crate) fn uninstall(area: &Area, edit: &mut Edit) {
+    let whole: Span<Page> = area.page_span();
+    let _held = area.backing().lock(whole);
+    for seat in area.seats().iter() {
+        area.pages.clear_part(area, whole, edit.slot(&seat.domain));
+    }
+}

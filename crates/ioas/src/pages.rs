@@ -1,0 +1,264 @@
+//! The pages' side: for one backing, every area of every IOAS that lies over it. Revocation and conversion come from here, hold the
+//! span lock of the pages and no lock of any IOAS (D-3, I-12).
+//!
+//! A change to a batch of pages, possibly of several backings, is a sequence of plain calls that share one [`Edit`]; the caller holds the
+//! pages from the first to the last:
+//!
+//! 1. [`Pages::reserve`]: all tables that the later steps need. May fail; nothing has changed.
+//! 2. [`Pages::clear`]: cuts leaves that cross a border, then takes the leaves out. Cannot fail.
+//! 3. [`Edit::flush`]: once for the batch. When it returns no device reaches the pages (I-4).
+//! 4. whatever the change is about: page states, owner, content.
+//! 5. [`Pages::fill`]: maps what each IOAS's rule allows now. Cannot fail after a sufficient reserve.
+//! 6. [`Pages::merge`], over a span that may be wider and is held as well, and [`Edit::flush`] again.
+
+use crate::area::{Area, AreaState};
+use crate::edit::Slot;
+use crate::{Edit, Error, tables};
+use addr::{Address, IntervalTree, Iova, Lg2, Page, SizeSet, Span};
+use backing::{Backing, BackingId, Listener, RestoreError, SpanGuard};
+use iommu::IoTable;
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+
+/// Every area over the pages of one backing.
+///
+/// As the backing's listener it panics when a thread that holds a zero-copy slice of one of the domains punches the pages itself: it would
+/// wait for itself.
+pub struct Pages {
+    backing: Arc<Backing>,
+    areas: RwLock<IntervalTree<Page, Arc<Area>>>,
+    shed: AtomicU64,
+}
+
+/// One for each backing that is mapped anywhere in the process.
+static REGISTRY: Mutex<Option<HashMap<BackingId, Weak<Pages>>>> = Mutex::new(None);
+
+impl Pages {
+    /// Those of `backing`, which lists them as a listener from then on. All IOASes of the process share them.
+    pub fn of(backing: &Arc<Backing>) -> Arc<Self> {
+        let mut registry = REGISTRY.lock().unwrap_or_else(PoisonError::into_inner);
+        let registry = registry.get_or_insert_default();
+        if let Some(pages) = registry.get(&backing.id()).and_then(Weak::upgrade) {
+            return pages;
+        }
+        let pages = Arc::new(Self { backing: Arc::clone(backing), areas: RwLock::default(), shed: AtomicU64::new(0) });
+        let listener: Weak<Self> = Arc::downgrade(&pages);
+        backing.add_listener(listener.clone());
+        registry.insert(backing.id(), listener);
+        pages
+    }
+
+    /// Whose pages.
+    pub fn backing(&self) -> &Arc<Backing> {
+        &self.backing
+    }
+
+    /// The areas over `pages`, of all IOASes, by ascending first page.
+    pub fn areas_over(&self, pages: Span<Page>) -> Vec<Arc<Area>> {
+        self.read().overlapping(pages).map(|(_, area)| Arc::clone(area)).collect()
+    }
+
+    /// How many leaves were taken out whole because no table could be had to cut them (D-5). Their other pages have lost
+    /// their translation in that domain until they are mapped anew.
+    pub fn leaves_shed(&self) -> u64 {
+        self.shed.load(Ordering::Relaxed)
+    }
+
+    /// Puts the tables into `edit` that [`Pages::clear`] and [`Pages::fill`] over `pages` can need, in every domain. Leaves of
+    /// `finest` and below are reckoned with: give 4 KiB unless larger leaves are sure to be used wherever they fit.
+    ///
+    /// # Errors
+    /// No table, no memory. What was reserved stays in the edit.
+    pub fn reserve(&self, pages: Span<Page>, finest: Lg2, edit: &mut Edit) -> Result<(), Error> {
+        for (part, area) in self.read().overlapping(pages) {
+            let Some(part) = part.intersect(pages) else { continue };
+            for seat in area.seats().iter().filter(|seat| !seat.is_leaving()) {
+                let slot = edit.prepare(&seat.domain)?;
+                let needed = area.iova_of(part).map_or(0, |iova| self.tables_for(seat.domain.table(), part, iova, finest));
+                slot.reserve(needed)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn tables_for(&self, table: &IoTable, part: Span<Page>, iova: Span<Iova>, finest: Lg2) -> u32 {
+        let crosses = tables::crossing(table, iova).iter().any(Option::is_some);
+        let cut = if crosses { table.tables_for_cut() } else { 0 };
+        let block = Span::block(iova.start(), Lg2::M2.0);
+        if block.covers(iova) && block != iova {
+            // The table that a cut or a small leaf has here stays when the leaf goes.
+            let stays = crosses || table.walk(iova.start()).is_some_and(|leaf| leaf.size < Lg2::M2);
+            return cut + if stays { 0 } else { table.tables_for_map(iova) };
+        }
+        let any = table.tables_for_map(iova);
+        let sizes = SizeSet::ALL.up_to(finest);
+        let mut sum = 0u32;
+        for (run, oa) in self.backing.extents(part) {
+            if sum >= any {
+                break;
+            }
+            let at = iova.project(part.unindex::<Page>(addr::PAGE_LG2), run.unindex(addr::PAGE_LG2));
+            sum = sum.saturating_add(tables::for_run(table, at, oa, sizes));
+        }
+        cut + sum.min(any)
+    }
+
+    /// Takes every leaf over `pages` out, in all domains, and nothing else: leaves that stick out are cut first. Cannot fail: where no table can
+    /// be had for the cut, the whole leaf goes (D-5, [`Pages::leaves_shed`]). Old translations may be in use until [`Edit::flush`].
+    pub fn clear(&self, pages: Span<Page>, edit: &mut Edit) {
+        for (part, area) in self.read().overlapping(pages) {
+            let Some(part) = part.intersect(pages) else { continue };
+            for seat in area.seats().iter() {
+                let slot = edit.slot(&seat.domain);
+                if !seat.is_leaving() {
+                    self.clear_part(area, part, slot);
+                } else if let Some(iova) = area.iova_of(part) {
+                    // The detach has taken the leaves out; its flush may be still to come, and ours must not depend on it.
+                    slot.gather.add(iova);
+                }
+            }
+        }
+    }
+
+    /// [`Pages::clear`] for one area in one domain.
+    pub(crate) fn clear_part(&self, area: &Area, part: Span<Page>, slot: &mut Slot) {
+        let Some(iova) = area.iova_of(part) else { return };
+        let table = slot.domain.table();
+        // Leaves never cross two areas, so only a part has borders to cut.
+        if iova != area.span() && tables::crossing(table, iova).iter().any(Option::is_some) {
+            let sizes = self.neighbour_sizes(area, part);
+            if sync::fail::step("ioas.cut").is_err() || table.cut(iova, sizes, &mut slot.stock).is_err() {
+                for leaf in tables::crossing(table, iova).into_iter().flatten() {
+                    let at = leaf.iova.max(iova.start());
+                    if table.shed(at, &mut slot.gather).is_some() {
+                        self.shed.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+            }
+        }
+        let crossing = table.unmap(iova, &mut slot.gather);
+        debug_assert!(crossing.is_none(), "{crossing:?} crosses the borders of {iova} after the cut");
+    }
+
+    /// The leaf sizes that what is left of a leaf may have, left and right of `part`: its pages are in the state they were mapped in.
+    pub(crate) fn neighbour_sizes(&self, area: &Area, part: Span<Page>) -> SizeSet {
+        let all = area.page_span();
+        let before = part.start().get().checked_sub(1).map(Page::new);
+        let after = part.last().checked_add(1);
+        [before, after].into_iter().flatten().filter(|page| all.contains(*page)).fold(area.policy.sizes(), |sizes, page| {
+            let answer = area.policy.rule.leaf(&self.backing, Span::one(page), self.backing.state(page)).1;
+            answer.map_or(sizes, |own| sizes.and(own))
+        })
+    }
+
+    /// Maps what each IOAS's rule allows for `pages`, which have no leaves, in their present states.
+    ///
+    /// # Errors
+    /// No table. Then all of `pages` has no leaf again; flush before the pages change hands.
+    pub fn fill(&self, pages: Span<Page>, edit: &mut Edit) -> Result<(), Error> {
+        let filled = self.read().overlapping(pages).try_for_each(|(part, area)| {
+            let Some(part) = part.intersect(pages) else { return Ok(()) };
+            if area.state() == AreaState::Closing {
+                return Ok(());
+            }
+            let seats = area.seats();
+            let mut staying = seats.iter().filter(|seat| !seat.is_leaving());
+            staying.try_for_each(|seat| fill_part(area, part, edit.slot(&seat.domain)))
+        });
+        filled.map_err(|failure| {
+            self.clear(pages, edit);
+            failure.error
+        })
+    }
+
+    /// Joins leaves over `pages` into larger ones, where pages are in a row, in one state, and the rule allows it. Hitless. The caller
+    /// holds all of `pages` until it has called [`Edit::flush`].
+    pub fn merge(&self, pages: Span<Page>, edit: &mut Edit) {
+        for (part, area) in self.read().overlapping(pages) {
+            let Some(part) = part.intersect(pages) else { continue };
+            for seat in area.seats().iter().filter(|seat| !seat.is_leaving()) {
+                let slot = edit.slot(&seat.domain);
+                let merged = area.each_run(part, |iova, _, sizes| {
+                    slot.domain.table().merge(iova, sizes, &mut slot.gather);
+                    Ok::<_, std::convert::Infallible>(())
+                });
+                match merged {
+                    Ok(()) => {}
+                }
+            }
+        }
+    }
+
+    /// Adds an area. The caller holds its pages.
+    pub(crate) fn register(&self, area: &Arc<Area>) -> Result<(), Error> {
+        sync::fail::step("ioas.register")?;
+        let mut areas = self.areas.write().unwrap_or_else(PoisonError::into_inner);
+        areas.insert(area.page_span(), Arc::clone(area))?;
+        Ok(())
+    }
+
+    /// Takes an area out whose leaves are gone and flushed.
+    pub(crate) fn unregister(&self, area: &Area) {
+        let mut areas = self.areas.write().unwrap_or_else(PoisonError::into_inner);
+        let gone = areas.remove_first(area.page_span(), |own| std::ptr::eq(Arc::as_ptr(own), area));
+        drop(areas);
+        drop(gone);
+    }
+
+    fn read(&self) -> std::sync::RwLockReadGuard<'_, IntervalTree<Page, Arc<Area>>> {
+        self.areas.read().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Why a part could not be filled.
+pub(crate) struct Unfilled {
+    pub(crate) error: Error,
+    /// Runs that went in before: 0 means that there is nothing to take out.
+    pub(crate) runs_before: u64,
+}
+
+/// Installs the leaves of a part of an area in one domain.
+pub(crate) fn fill_part(area: &Area, part: Span<Page>, slot: &mut Slot) -> Result<(), Unfilled> {
+    let mut runs_before = 0;
+    area.each_run(part, |iova, oa, sizes| {
+        slot.domain.table().map(iova, oa, area.perm(), sizes, &mut slot.stock, &mut slot.gather)?;
+        runs_before += 1;
+        Ok(())
+    })
+    .map_err(|error: pt::MapError| Unfilled { error: error.into(), runs_before })
+}
+
+impl Listener for Pages {
+    fn revoke(&self, pages: Span<Page>, held: &SpanGuard<'_>) {
+        debug_assert!(held.covers(pages));
+        let mut edit = Edit::new();
+        self.clear(pages, &mut edit);
+        edit.flush();
+    }
+
+    fn restore(&self, pages: Span<Page>, held: &SpanGuard<'_>) -> Result<(), RestoreError> {
+        debug_assert!(held.covers(pages));
+        let mut edit = Edit::new();
+        let filled = self.reserve(pages, Lg2::G1, &mut edit).and_then(|()| self.fill(pages, &mut edit));
+        edit.flush();
+        Ok(filled?)
+    }
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        let mut registry = REGISTRY.lock().unwrap_or_else(PoisonError::into_inner);
+        // Another one for the same backing may be there already.
+        if let Some(registry) = registry.as_mut().filter(|all| all.get(&self.backing.id()).is_some_and(|own| own.strong_count() == 0)) {
+            registry.remove(&self.backing.id());
+        }
+    }
+}
+
+impl fmt::Debug for Pages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pages").field("backing", &self.backing.id()).field("areas", &self.read().len()).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,255 @@
+//! What one context knows: its copy of the device's state, its IOTLB, and how an address becomes a checked place in host memory.
+//!
+//! Everything here runs inside a guard; [`crate::Dma`] opens and closes it.
+
+use crate::device::Identity;
+use crate::iotlb::{Hit, Iotlb};
+use crate::log::Missed;
+use crate::{Access, Device, Domain, Fault, FaultKind};
+use addr::{Address, Gpa, Iova, Oa, Span};
+use backing::{HostAddr, Windows};
+use pt::{Leaf, Perm};
+use secure::Refusal;
+use std::sync::Arc;
+use std::time::Duration;
+use sync::fail;
+
+/// Where a leaf leads.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Target {
+    /// Output address of the leaf's first byte.
+    oa: Oa,
+    /// Where the host has the whole leaf, when it has it in one piece.
+    host: Option<HostAddr>,
+}
+
+/// A translated and checked address.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place {
+    /// The leaf's IOVAs.
+    pub(crate) leaf: Span<Iova>,
+    pub(crate) perm: Perm,
+    /// Output address of the IOVA that was asked for.
+    pub(crate) oa: Oa,
+    /// Host memory of that IOVA, when the host has the whole leaf in one piece.
+    host: Option<HostAddr>,
+    /// Bytes from that IOVA to the end of the leaf, less one.
+    pub(crate) rest: u64,
+}
+
+impl Place {
+    /// Where to touch `len` bytes, which the caller keeps inside the leaf.
+    #[inline]
+    pub(crate) fn host(&self, len: u64) -> Option<HostAddr> {
+        match self.host {
+            Some(host) => Some(host),
+            None => Windows::find(self.oa)?.host(self.oa, len),
+        }
+    }
+}
+
+/// Why an address has no place.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Refused {
+    kind: FaultKind,
+    oa: Option<Oa>,
+    refusal: Option<Refusal>,
+}
+
+impl Refused {
+    pub(crate) fn by(kind: FaultKind, oa: Option<Oa>) -> Self {
+        Self { kind, oa, refusal: None }
+    }
+
+    fn is_size_mismatch(&self) -> bool {
+        self.refusal.is_some_and(|refusal| refusal.size_mismatch)
+    }
+}
+
+/// How often a check is made again because a split came in between.
+const RECHECKS: u32 = 64;
+
+/// How a context fared, besides its IOTLB.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) walks: u64,
+    pub(crate) rechecks: u64,
+    pub(crate) faults: u64,
+}
+
+pub(crate) struct Context {
+    pub(crate) device: Arc<Device>,
+    identity: Identity,
+    iotlb: Iotlb<Target>,
+    /// How far the domain's log has been applied.
+    seen: u64,
+    pub(crate) counters: Counters,
+    /// A walk's result that the planted fault `iommu.late_fill` keeps for the next guard.
+    late: Option<Leaf>,
+}
+
+impl Context {
+    pub(crate) fn new(device: &Arc<Device>) -> Self {
+        let mut context = Self {
+            device: Arc::clone(device),
+            identity: device.identity(),
+            iotlb: Iotlb::new(device.iommu().iotlb_entries()),
+            seen: 0,
+            counters: Counters::default(),
+            late: None,
+        };
+        context.renew();
+        context
+    }
+
+    /// The domain to enter a guard of.
+    #[inline]
+    pub(crate) fn domain(&self) -> Option<&Arc<Domain>> {
+        self.identity.domain.as_ref()
+    }
+
+    /// Whether the copy of the device's state still holds.
+    #[inline]
+    pub(crate) fn is_current(&self) -> bool {
+        self.identity.generation == self.device.generation()
+    }
+
+    /// Copies the device's state again and forgets every translation.
+    #[cold]
+    pub(crate) fn renew(&mut self) {
+        self.identity = self.device.identity();
+        self.iotlb.flush();
+        // Taken before the guard is entered: what is logged in between is applied to an empty cache.
+        self.seen = self.domain().map_or(0, |domain| domain.log_head());
+    }
+
+    /// Applies what was logged since the last guard. The guard is open: what is logged from now on waits for it.
+    #[inline]
+    pub(crate) fn catch_up(&mut self) {
+        let Some(domain) = &self.identity.domain else { return };
+        let head = domain.log_head();
+        if head != self.seen {
+            let iotlb = &mut self.iotlb;
+            domain.catch_up(self.seen, head, |missed| match missed {
+                Missed::Span(span) => iotlb.invalidate(span),
+                Missed::Everything => iotlb.flush(),
+            });
+            self.seen = head;
+        }
+        if let Some(leaf) = self.late.take() {
+            self.fill(leaf);
+        }
+    }
+
+    pub(crate) fn iotlb(&self) -> &Iotlb<Target> {
+        &self.iotlb
+    }
+
+    /// Translates `iova` and has the whole leaf checked, on a hit as on a miss.
+    #[inline]
+    pub(crate) fn resolve(&mut self, iova: Iova, access: Access) -> Result<Place, Refused> {
+        let hit = match self.iotlb.lookup(iova) {
+            Some(hit) => hit,
+            None => self.miss(iova)?,
+        };
+        let hit = match self.check(&hit, iova, access) {
+            Ok(()) => hit,
+            Err(refused) if refused.is_size_mismatch() => self.check_again(iova, access)?,
+            Err(refused) => return Err(refused),
+        };
+        let into = iova.offset_from(hit.start);
+        let oa = hit.value.oa.plus(into);
+        if access == Access::Write && !hit.dirty {
+            self.mark_dirty(iova, &hit);
+        }
+        let leaf = Span::block(hit.start, hit.size.0);
+        let host = hit.value.host.map(|host| host.plus(into));
+        Ok(Place { leaf, perm: hit.perm, oa, host, rest: leaf.last().offset_from(iova) })
+    }
+
+    #[cold]
+    fn miss(&mut self, iova: Iova) -> Result<Hit<Target>, Refused> {
+        let leaf = self.walk(iova)?;
+        if fail::planted("iommu.late_fill") {
+            self.late = Some(leaf);
+            // An unmap that comes now is over, but for this guard, when the fill is made.
+            std::thread::sleep(Duration::from_micros(100));
+            return Ok(Hit::uncached(leaf.iova, leaf.size, leaf.perm, target(&leaf)));
+        }
+        Ok(self.fill(leaf))
+    }
+
+    fn walk(&mut self, iova: Iova) -> Result<Leaf, Refused> {
+        self.counters.walks += 1;
+        let domain = self.identity.domain.as_ref().ok_or(Refused::by(FaultKind::NotAttached, None))?;
+        domain.table().walk(iova).ok_or(Refused::by(FaultKind::NotMapped, None))
+    }
+
+    fn fill(&mut self, leaf: Leaf) -> Hit<Target> {
+        self.iotlb.fill(leaf.iova, leaf.size, leaf.perm, target(&leaf))
+    }
+
+    /// The page table's permissions, and the secure world's answer for the whole leaf: hardware checks what the walk returned, not the
+    /// bytes that are accessed.
+    #[inline]
+    fn check(&self, hit: &Hit<Target>, iova: Iova, access: Access) -> Result<(), Refused> {
+        let oa = || Some(hit.value.oa.plus(iova.offset_from(hit.start)));
+        let wanted = if access == Access::Read { Perm::READ } else { Perm::WRITE };
+        if !hit.perm.allows(wanted) {
+            return Err(Refused::by(FaultKind::NoPermission, oa()));
+        }
+        let who = self.identity.requester.map_err(|kind| Refused::by(kind, oa()))?;
+        let leaf = Span::block(hit.value.oa, hit.size.0);
+        let address = Gpa::new(hit.start.get().wrapping_add(self.identity.gpa_offset));
+        let answer = self.device.iommu().rmp().check_device(who, leaf, address, access.into());
+        answer.map_err(|refusal| Refused { kind: FaultKind::Secure, oa: oa(), refusal: Some(refusal) })
+    }
+
+    /// A size mismatch may mean that a 2 MiB entry and its leaf are being split right now. It counts only when a fresh walk finds it again and the
+    /// smash sequence did not move meanwhile (D-6); the table itself lets it pass while a split is under way and nothing else is wrong.
+    #[cold]
+    fn check_again(&mut self, iova: Iova, access: Access) -> Result<Hit<Target>, Refused> {
+        let mut oa = self.walk(iova)?.oa;
+        let mut attempt = 0;
+        loop {
+            self.counters.rechecks += 1;
+            attempt += 1;
+            let before = self.device.iommu().rmp().smash_seq(oa);
+            let leaf = self.walk(iova)?;
+            self.iotlb.invalidate(leaf.span());
+            let hit = self.fill(leaf);
+            match self.check(&hit, iova, access) {
+                Err(refused) if refused.is_size_mismatch() => {
+                    // A reader does not wait: when splits follow each other that closely, it is refused in the end (I-15).
+                    if self.device.iommu().rmp().smash_seq(oa) == before || attempt == RECHECKS {
+                        return Err(refused);
+                    }
+                    oa = leaf.oa;
+                }
+                answer => return answer.map(|()| hit),
+            }
+        }
+    }
+
+    /// Once per cached entry: whoever clears the bit in the table has the entry invalidated.
+    fn mark_dirty(&mut self, iova: Iova, hit: &Hit<Target>) {
+        let Some(domain) = self.identity.domain.as_ref().filter(|domain| domain.tracks_dirty()) else { return };
+        domain.table().mark_dirty(iova);
+        self.iotlb.set_dirty(hit);
+    }
+
+    /// Writes the fault down, and answers it.
+    #[cold]
+    pub(crate) fn fault(&mut self, iova: Iova, access: Access, done: u64, refused: Refused) -> Fault {
+        self.counters.faults += 1;
+        let Refused { kind, oa, refusal } = refused;
+        let domain = self.domain().map(|domain| domain.id());
+        let fault = Fault { device: self.device.id(), domain, iova, access, table: kind.refused_by(), reason: kind, oa, done, refusal };
+        self.device.record(fault);
+        fault
+    }
+}
+
+fn target(leaf: &Leaf) -> Target {
+    Target { oa: leaf.oa, host: Windows::find(leaf.oa).and_then(|backing| backing.host(leaf.oa, leaf.size.bytes())) }
+}

@@ -1,0 +1,278 @@
+//! DMA: one thread's accesses for one device, descriptor by descriptor (D-2).
+
+use crate::context::{Context, Refused};
+use crate::slice::DmaSlice;
+use crate::{Access, Device, Error, Fault, FaultKind, IotlbStats};
+use addr::{Address, Iova, Oa, Span};
+use backing::{CopyFault, HostAddr};
+use pt::Perm;
+use std::fmt;
+use std::sync::Arc;
+use sync::{Slot, fail};
+
+/// What is transferred under one guard at most, so that no writer waits longer than such a copy takes.
+pub const CHUNK_BYTES: u64 = 64 << 10;
+
+/// A translation as it was when it was asked for; it may be gone by now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Translation {
+    /// Output address of the IOVA.
+    pub oa: Oa,
+    /// Every IOVA of the leaf.
+    pub leaf: Span<Iova>,
+    /// What the leaf allows.
+    pub perm: Perm,
+}
+
+/// How a context fared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DmaStats {
+    /// Its IOTLB.
+    pub iotlb: IotlbStats,
+    /// Page-table walks.
+    pub walks: u64,
+    /// Checks that were made again because a size did not match.
+    pub rechecks: u64,
+    /// Refused calls.
+    pub faults: u64,
+}
+
+/// A DMA context: for one thread at a time.
+///
+/// ```
+/// use addr::{Iova, Lg2, Span};
+/// use backing::{Backing, Frames};
+/// use lockstep_iommu_device::{Config, Dma, Iommu, SystemRmp};
+/// use pt::{Gather, Perm, Stock};
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let iommu = Iommu::new(&Config::default(), SystemRmp::new().into())?;
+/// let (domain, device) = (iommu.domain()?, iommu.device("nic"));
+/// device.attach(&domain)?;
+/// let memory = Backing::memfd(2 << 20, Frames::Contiguous)?;
+/// let span = Span::from_len(Iova::new(0x4000_0000), 2 << 20)?;
+/// let (mut stock, mut gather) = (Stock::new(iommu.arena()), Gather::new());
+/// domain.table().map(span, memory.window().start(), Perm::RW, addr::SizeSet::ALL, &mut stock, &mut gather)?;
+/// domain.flush(gather);
+///
+/// let mut dma = Dma::new(&device)?;
+/// dma.write(Iova::new(0x4000_0ffe), b"over a page's end")?;
+/// let mut back = [0; 17];
+/// dma.read(Iova::new(0x4000_0ffe), &mut back)?;
+/// assert_eq!(&back, b"over a page's end");
+///
+/// let mut gather = Gather::new();
+/// domain.table().unmap(span, &mut gather);
+/// domain.flush(gather);
+/// assert!(dma.read(Iova::new(0x4000_0ffe), &mut back).is_err());
+/// # Ok(())
+/// # }
+/// ```
+pub struct Dma {
+    slot: Slot,
+    context: Context,
+}
+
+impl Dma {
+    /// A context for `device`. A fallible step, named `iommu.context`.
+    ///
+    /// # Errors
+    /// Only what a test injects.
+    pub fn new(device: &Arc<Device>) -> Result<Self, Error> {
+        fail::step("iommu.context")?;
+        Ok(Self { slot: device.iommu().readers().slot_named(device.name()), context: Context::new(device) })
+    }
+
+    /// The device it acts for.
+    pub fn device(&self) -> &Arc<Device> {
+        &self.context.device
+    }
+
+    /// Reads memory, from `iova` on.
+    ///
+    /// # Errors
+    /// [`Fault`]; `done` bytes of `into` have been filled.
+    pub fn read(&mut self, iova: Iova, into: &mut [u8]) -> Result<(), Fault> {
+        self.transfer(iova, into.len() as u64, Access::Read, |host, at, len| host.read(0, &mut into[at..at + len]))
+    }
+
+    /// Writes memory, from `iova` on.
+    ///
+    /// # Errors
+    /// [`Fault`]; `done` bytes have been written.
+    pub fn write(&mut self, iova: Iova, from: &[u8]) -> Result<(), Fault> {
+        self.transfer(iova, from.len() as u64, Access::Write, |host, at, len| host.write(0, &from[at..at + len]))
+    }
+
+    #[inline]
+    fn transfer(
+        &mut self,
+        iova: Iova,
+        len: u64,
+        access: Access,
+        mut copy: impl FnMut(HostAddr, usize, usize) -> Result<(), CopyFault>,
+    ) -> Result<(), Fault> {
+        self.check_length(iova, len, access)?;
+        self.chunks(len, (iova, access), |context, done, limit| {
+            let at = iova.plus(done);
+            let fault = |context: &mut Context, more: u64, refused| context.fault(at.plus(more), access, done + more, refused);
+            let place = context.resolve(at, access).map_err(|refused| fault(context, 0, refused))?;
+            let now = limit.min(place.rest.saturating_add(1));
+            let host = place.host(now).ok_or_else(|| fault(context, 0, Refused::by(FaultKind::NoHostMemory, Some(place.oa))))?;
+            linger();
+            let Err(CopyFault { done: part }) = copy(host, done as usize, now as usize) else { return Ok(now) };
+            let (mut part, gone) = (part as u64, first_gone(host, part as u64, now));
+            if gone > part && copy(host.plus(part), (done + part) as usize, (gone - part) as usize).is_ok() {
+                part = gone;
+            }
+            Err(context.fault(at.plus(gone), access, done + part, Refused::by(FaultKind::HostMemoryGone, Some(place.oa.plus(gone)))))
+        })
+    }
+
+    /// Copies `len` bytes from one IOVA to another, as a DMA engine does. Where the two overlap, what arrives is unspecified.
+    ///
+    /// # Errors
+    /// [`Fault`], whose access says which side was refused; `done` bytes have been copied.
+    pub fn copy(&mut self, src: Iova, dst: Iova, len: u64) -> Result<(), Fault> {
+        self.check_length(src, len, Access::Read)?;
+        self.check_length(dst, len, Access::Write)?;
+        self.chunks(len, (src, Access::Read), |context, done, limit| {
+            let (from, to) = (src.plus(done), dst.plus(done));
+            let source = context.resolve(from, Access::Read).map_err(|refused| context.fault(from, Access::Read, done, refused))?;
+            let target = context.resolve(to, Access::Write).map_err(|refused| context.fault(to, Access::Write, done, refused))?;
+            let now = limit.min(source.rest.saturating_add(1)).min(target.rest.saturating_add(1));
+            let nowhere = |oa| Refused::by(FaultKind::NoHostMemory, Some(oa));
+            let source_host = source.host(now).ok_or_else(|| context.fault(from, Access::Read, done, nowhere(source.oa)))?;
+            let target_host = target.host(now).ok_or_else(|| context.fault(to, Access::Write, done, nowhere(target.oa)))?;
+            linger();
+            let Err(CopyFault { done: part }) = HostAddr::copy(source_host, target_host, now as usize) else { return Ok(now) };
+            let part = part as u64;
+            let (no_source, no_target) = (first_gone(source_host, part, now), first_gone(target_host, part, now));
+            let gone = no_source.min(no_target);
+            let rest = HostAddr::copy(source_host.plus(part), target_host.plus(part), (gone - part) as usize);
+            let done = done + if rest.is_ok() { gone } else { part };
+            let (iova, access, oa) = if no_source <= no_target { (from, Access::Read, source.oa) } else { (to, Access::Write, target.oa) };
+            Err(context.fault(iova.plus(gone), access, done, Refused::by(FaultKind::HostMemoryGone, Some(oa.plus(gone)))))
+        })
+    }
+
+    /// What `iova` translates to for this access, after the secure world's check.
+    ///
+    /// # Errors
+    /// [`Fault`].
+    pub fn translate(&mut self, iova: Iova, access: Access) -> Result<Translation, Fault> {
+        self.enter(iova, access)?;
+        let resolved = self.context.resolve(iova, access);
+        self.slot.leave();
+        match resolved {
+            Ok(place) => Ok(Translation { oa: place.oa, leaf: place.leaf, perm: place.perm }),
+            Err(refused) => Err(self.context.fault(iova, access, 0, refused)),
+        }
+    }
+
+    /// Memory to be used in place, for as long as the answer lives. It holds a guard: whoever unmaps it waits for it, and the same
+    /// thread gets an error instead ([`crate::Domain::held_by_caller`]). Keep it short; guards that are held too long are reported.
+    ///
+    /// # Errors
+    /// [`Fault`]; a slice of no bytes is a fault of kind `Wraps`.
+    pub fn slice(&mut self, iova: Iova, len: u64, access: Access) -> Result<DmaSlice<'_>, Fault> {
+        self.check_length(iova, len, access)?;
+        if len == 0 {
+            return Err(self.context.fault(iova, access, 0, Refused::by(FaultKind::Wraps, None)));
+        }
+        self.enter(iova, access)?;
+        let guard = self.slot.keep();
+        DmaSlice::new(guard, &mut self.context, iova, len, access)
+    }
+
+    /// Counters since the context was made.
+    pub fn stats(&self) -> DmaStats {
+        let counters = self.context.counters;
+        DmaStats { iotlb: self.context.iotlb().stats(), walks: counters.walks, rechecks: counters.rechecks, faults: counters.faults }
+    }
+
+    /// Translations that are cached now.
+    pub fn cached(&self) -> usize {
+        self.context.iotlb().len()
+    }
+
+    /// Runs `step` until it has made `len` bytes of progress, under guards of at most [`CHUNK_BYTES`] each. `step` gets how much is done and
+    /// how much it may do, and answers how much it did.
+    #[inline]
+    fn chunks(
+        &mut self,
+        len: u64,
+        first: (Iova, Access),
+        mut step: impl FnMut(&mut Context, u64, u64) -> Result<u64, Fault>,
+    ) -> Result<(), Fault> {
+        let mut done = 0;
+        while done < len {
+            self.enter(first.0.plus(done), first.1).map_err(|fault| Fault { done, ..fault })?;
+            let until = len.min(done.saturating_add(CHUNK_BYTES));
+            let mut chunk = Ok(());
+            while done < until {
+                match step(&mut self.context, done, until - done) {
+                    Ok(now) => done += now,
+                    Err(fault) => {
+                        chunk = Err(fault);
+                        break;
+                    }
+                }
+            }
+            self.slot.leave();
+            chunk?;
+        }
+        Ok(())
+    }
+
+    /// Opens a guard of the device's domain, with everything applied that was logged before.
+    #[inline]
+    fn enter(&mut self, iova: Iova, access: Access) -> Result<(), Fault> {
+        loop {
+            if let Some(domain) = self.context.domain() {
+                self.slot.enter(domain.id());
+                if self.context.is_current() {
+                    self.context.catch_up();
+                    return Ok(());
+                }
+                self.slot.leave();
+            } else if self.context.is_current() {
+                return Err(self.context.fault(iova, access, 0, Refused::by(FaultKind::NotAttached, None)));
+            }
+            self.context.renew();
+        }
+    }
+
+    #[inline]
+    fn check_length(&mut self, iova: Iova, len: u64, access: Access) -> Result<(), Fault> {
+        match iova.checked_add(len.saturating_sub(1)) {
+            Some(_) => Ok(()),
+            None => Err(self.context.fault(iova, access, 0, Refused::by(FaultKind::Wraps, None))),
+        }
+    }
+}
+
+/// A copy of `len` bytes stopped after `from` of them or somewhat later: the first byte that is not there, `len - 1` when all are back.
+#[cold]
+fn first_gone(host: HostAddr, from: u64, len: u64) -> u64 {
+    let mut at = from;
+    while at + 1 < len && host.read(at, &mut [0]).is_ok() {
+        // Memory comes and goes by pages.
+        let next = host.plus(at).hva().align_down(addr::PAGE_LG2).plus(addr::PAGE_BYTES);
+        at += next.offset_from(host.plus(at).hva());
+    }
+    at.min(len - 1)
+}
+
+/// With the grace period left out on purpose, copies are stretched, so that the gap can be seen.
+#[inline]
+fn linger() {
+    if fail::is_planted("iommu.skip_grace") {
+        std::thread::sleep(std::time::Duration::from_micros(200));
+    }
+}
+
+impl fmt::Debug for Dma {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Dma").field("device", &self.context.device).field("stats", &self.stats()).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,133 @@
+//! A domain: one IO page table, and what makes an unmap from it a promise.
+//!
+//! The order is always the same: clear the entries, log their spans, wait for the grace period, release tables and pages (D-2, I-4). The
+//! caller does the first, [`Domain::flush`] the rest.
+
+use crate::log::{Log, Missed};
+use crate::{IoArena, IoTable};
+use addr::{Iova, Span};
+use pt::{Gather, NoTable};
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use sync::{Readers, fail};
+
+/// An IO page table that devices can be attached to.
+pub struct Domain {
+    id: u32,
+    table: IoTable,
+    log: Log,
+    readers: Arc<Readers>,
+    dirty: AtomicBool,
+    spans: AtomicU64,
+    graces: AtomicU64,
+}
+
+/// What a domain's edits cost its readers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FlushStats {
+    /// Spans that were logged for invalidation.
+    pub spans: u64,
+    /// Grace periods that were waited for.
+    pub graces: u64,
+}
+
+impl Domain {
+    pub(crate) fn new(id: u32, arena: &Arc<IoArena>, readers: &Arc<Readers>) -> Result<Self, NoTable> {
+        Ok(Self {
+            id,
+            table: IoTable::new(Arc::clone(arena))?,
+            log: Log::new(),
+            readers: Arc::clone(readers),
+            dirty: AtomicBool::new(false),
+            spans: AtomicU64::new(0),
+            graces: AtomicU64::new(0),
+        })
+    }
+
+    /// Its number, unique in the IOMMU and never used again.
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// The page table.
+    #[inline]
+    pub fn table(&self) -> &IoTable {
+        &self.table
+    }
+
+    /// Ends an edit: logs what was cleared, waits until nobody uses it any more, frees the tables. When this returns no DMA through
+    /// the old mappings is in flight, and none will be. Does not allocate and cannot fail (I-9).
+    ///
+    /// # Panics
+    /// When the calling thread holds a zero-copy slice of this domain; ask [`Domain::held_by_caller`] before clearing anything.
+    pub fn flush(&self, gather: Gather) {
+        gather.finish(self.table.arena(), |gather| {
+            self.invalidate(gather.spans());
+            self.wait();
+        });
+    }
+
+    /// The first half of [`Domain::flush`], for an edit over several domains: log in all of them, then wait in all of them.
+    pub fn invalidate(&self, spans: impl Iterator<Item = Span<Iova>>) {
+        if fail::planted("iommu.skip_invalidate") {
+            return;
+        }
+        let logged = self.log.append(spans);
+        self.spans.fetch_add(logged, Ordering::Relaxed);
+    }
+
+    /// The second half of [`Domain::flush`]: until every guard that was open is left. Then finish the gather with a closure that does nothing.
+    ///
+    /// # Panics
+    /// As [`Domain::flush`].
+    pub fn wait(&self) {
+        if fail::planted("iommu.skip_grace") {
+            return;
+        }
+        self.readers.grace(self.id);
+        self.graces.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Whether the calling thread holds a zero-copy slice of this domain, so that unmapping would wait for itself.
+    pub fn held_by_caller(&self) -> bool {
+        self.readers.held_by_caller(self.id)
+    }
+
+    /// From now on writes mark their leaves dirty, or no longer do.
+    pub fn track_dirty(&self, on: bool) {
+        self.dirty.store(on, Ordering::Release);
+        // After the grace period every write is one that knows.
+        self.readers.grace(self.id);
+    }
+
+    /// Whether writes mark their leaves dirty.
+    #[inline]
+    pub fn tracks_dirty(&self) -> bool {
+        self.dirty.load(Ordering::Acquire)
+    }
+
+    /// Spans logged and grace periods waited for so far.
+    pub fn flush_stats(&self) -> FlushStats {
+        FlushStats { spans: self.spans.load(Ordering::Relaxed), graces: self.graces.load(Ordering::Relaxed) }
+    }
+
+    #[inline]
+    pub(crate) fn log_head(&self) -> u64 {
+        self.log.head()
+    }
+
+    pub(crate) fn catch_up(&self, since: u64, head: u64, forget: impl FnMut(Missed)) {
+        self.log.catch_up(since, head, forget);
+    }
+
+    pub(crate) fn belongs_to(&self, readers: &Arc<Readers>) -> bool {
+        Arc::ptr_eq(&self.readers, readers)
+    }
+}
+
+impl fmt::Debug for Domain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Domain").field("id", &self.id).field("flushes", &self.flush_stats()).finish_non_exhaustive()
+    }
+}

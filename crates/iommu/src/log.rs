@@ -1,0 +1,139 @@
+//! The invalidation log of a domain: what contexts must forget before they use their caches again (D-2).
+//!
+//! A ring of spans under a running number. A context compares one number when it enters a guard; what it missed it reads without a
+//! lock, and each slot says whose number it holds, so a slot that was overwritten meanwhile is noticed. Whoever missed more than the
+//! ring has forgets everything.
+
+use addr::{Iova, Span};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::{Mutex, PoisonError};
+
+/// Spans that the ring keeps: four batches of the largest size (253).
+const SLOTS: u64 = 1024;
+
+/// One logged span. `number` is its place in the log counted from 1; 0 while the slot is being written.
+#[derive(Default)]
+struct Slot {
+    number: AtomicU64,
+    start: AtomicU64,
+    last: AtomicU64,
+}
+
+/// What a context has to forget.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Missed {
+    Span(Span<Iova>),
+    Everything,
+}
+
+pub(crate) struct Log {
+    slots: Box<[Slot]>,
+    /// Spans logged so far.
+    head: AtomicU64,
+    writer: Mutex<()>,
+}
+
+impl Log {
+    pub(crate) fn new() -> Self {
+        Self { slots: (0..SLOTS).map(|_| Slot::default()).collect(), head: AtomicU64::new(0), writer: Mutex::new(()) }
+    }
+
+    /// How much has been logged: the number a context keeps.
+    #[inline]
+    pub(crate) fn head(&self) -> u64 {
+        self.head.load(Ordering::Acquire)
+    }
+
+    /// Logs the spans; they become visible together. Does not allocate. Answers how many there were.
+    pub(crate) fn append(&self, spans: impl Iterator<Item = Span<Iova>>) -> u64 {
+        let _writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = self.head.load(Ordering::Relaxed);
+        let mut head = before;
+        for span in spans {
+            let slot = &self.slots[(head % SLOTS) as usize];
+            head += 1;
+            slot.number.store(0, Ordering::Relaxed);
+            // A reader that sees one of the values below sees the number gone, too.
+            fence(Ordering::Release);
+            slot.start.store(span.start().get(), Ordering::Relaxed);
+            slot.last.store(span.last().get(), Ordering::Relaxed);
+            slot.number.store(head, Ordering::Release);
+        }
+        self.head.store(head, Ordering::Release);
+        head - before
+    }
+
+    /// Tells `forget` what was logged after number `since`, up to `head`.
+    #[cold]
+    pub(crate) fn catch_up(&self, since: u64, head: u64, mut forget: impl FnMut(Missed)) {
+        if head.wrapping_sub(since) > SLOTS {
+            return forget(Missed::Everything);
+        }
+        for number in since + 1..=head {
+            match self.read(number) {
+                Some(span) => forget(Missed::Span(span)),
+                None => return forget(Missed::Everything),
+            }
+        }
+    }
+
+    fn read(&self, number: u64) -> Option<Span<Iova>> {
+        let slot = &self.slots[((number - 1) % SLOTS) as usize];
+        let before = slot.number.load(Ordering::Acquire);
+        let (start, last) = (slot.start.load(Ordering::Relaxed), slot.last.load(Ordering::Relaxed));
+        fence(Ordering::Acquire);
+        let after = slot.number.load(Ordering::Relaxed);
+        (before == number && after == number).then(|| Span::new(Iova::new(start), Iova::new(last))).flatten()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn span(at: u64) -> Span<Iova> {
+        Span::of(Iova::new(at), Iova::new(at ^ 0xffff_ffff))
+    }
+
+    #[test]
+    fn exact_until_the_ring_is_full() {
+        let log = Log::new();
+        assert_eq!(log.append((0..SLOTS).map(span)), SLOTS);
+        let mut seen = Vec::new();
+        log.catch_up(0, log.head(), |missed| seen.push(missed));
+        assert_eq!(seen, (0..SLOTS).map(|at| Missed::Span(span(at))).collect::<Vec<_>>());
+        log.append([span(0)].into_iter());
+        for (since, expected) in [(0, Missed::Everything), (SLOTS, Missed::Span(span(0)))] {
+            let mut seen = Vec::new();
+            log.catch_up(since, log.head(), |missed| seen.push(missed));
+            assert_eq!(seen, [expected]);
+        }
+        assert_eq!(log.append((0..3 * SLOTS).map(span)), 3 * SLOTS);
+        let mut seen = Vec::new();
+        log.catch_up(SLOTS + 1, log.head(), |missed| seen.push(missed));
+        assert_eq!(seen, [Missed::Everything]);
+    }
+
+    #[test]
+    fn a_reader_never_sees_half_a_span() {
+        let log = Log::new();
+        let rounds = if cfg!(debug_assertions) { 2_000 } else { 20_000 };
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| (0..rounds).for_each(|round| _ = log.append((0..7).map(|at| span(round * 7 + at)))));
+            let (mut since, mut spans, mut overruns) = (0, 0u64, 0u64);
+            while !writer.is_finished() || since != log.head() {
+                let head = log.head();
+                log.catch_up(since, head, |missed| match missed {
+                    Missed::Span(seen) => {
+                        assert_eq!(seen, span(seen.start().get()));
+                        spans += 1;
+                    }
+                    Missed::Everything => overruns += 1,
+                });
+                since = head;
+            }
+            assert_eq!(since, rounds * 7);
+            assert!(spans + overruns > 0);
+        });
+    }
+}
