@@ -1,1 +1,14 @@
-fn main() {}
+//! The `lockstep` command.
+
+mod args;
+mod run;
+
+use args::{Args, Command};
+use clap::Parser;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    match Args::parse().command {
+        Command::Run(options) => run::main(&options),
+    }
+}

@@ -38,6 +38,8 @@ pub struct Ioas {
     /// Rank [`Rank::AreaTree`], taken after the domains.
     space: RwLock<Space>,
     tickets: AtomicU64,
+    /// What an area has before it is installed.
+    pub(crate) no_seats: Seats,
 }
 
 /// Who shows the areas.
@@ -70,13 +72,15 @@ impl<G: DerefMut> DerefMut for Ranked<G> {
 impl Ioas {
     /// An empty address space whose domains belong to `iommu` and whose leaves follow `rule`.
     pub fn new(iommu: &Arc<Iommu>, rule: Arc<dyn LeafRule>) -> Arc<Self> {
+        let no_seats: Seats = Arc::from([]);
         Arc::new(Self {
             iommu: Arc::clone(iommu),
             policy: Arc::new(Policy { rule, small_only: AtomicBool::new(false) }),
-            domains: RwLock::new(Domains { seats: Arc::from([]), auto: None }),
+            domains: RwLock::new(Domains { seats: Arc::clone(&no_seats), auto: None }),
             space: RwLock::new(Space::new()),
             // 0 and 1 are area states.
             tickets: AtomicU64::new(2),
+            no_seats,
         })
     }
 
@@ -143,7 +147,7 @@ impl Ioas {
 impl Drop for Ioas {
     /// Areas never keep an address space alive (rule 6 of the kernel's): they go with it.
     fn drop(&mut self) {
-        let domains = std::mem::replace(&mut *self.write_domains(), Domains { seats: Arc::from([]), auto: None });
+        let domains = std::mem::replace(&mut *self.write_domains(), Domains { seats: Arc::clone(&self.no_seats), auto: None });
         for device in domains.auto.iter().flat_map(|(_, devices)| devices) {
             // A device whose slice this very thread holds stays on a domain that shows nothing any more.
             let _ = device.detach();

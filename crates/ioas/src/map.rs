@@ -2,12 +2,13 @@
 //!
 //! Tables for all areas and domains are in stock before the first leaf goes in, so a map that fails has usually changed nothing yet.
 
-use crate::area::{Area, Part};
+use crate::area::{Area, Part, Seats};
 use crate::edit::Edit;
 use crate::ioas::Domains;
 use crate::pages::{self, Pages};
 use crate::placement::{Place, Space};
-use crate::{Error, Ioas, tables};
+use crate::tables::Need;
+use crate::{Error, Ioas};
 use addr::{Address, Hva, Iova, OutOfMemory, Page, Span, SpanError};
 use backing::{Backing, Kind};
 use pt::Perm;
@@ -56,17 +57,12 @@ impl Ioas {
     /// Maps parts one behind the other. All or nothing.
     pub(crate) fn map_parts(&self, parts: Vec<Part>, source: u64, place: Place, perm: Perm) -> Result<Iova, Error> {
         let domains = self.read_domains();
-        let areas = self.take_room(&domains, parts, source, place, perm)?;
+        let areas = self.take_room(parts, source, place, perm)?;
         let mut edit = Edit::new();
-        let mut installed = 0;
-        let done = reserve(&domains, &areas, &mut edit).and_then(|()| {
-            areas.iter().try_for_each(|area| {
-                install(area, &mut edit)?;
-                installed += 1;
-                Ok(())
-            })
-        });
-        // Where a large leaf replaced an empty table, that waits for its readers.
+        let (mut registered, mut installed) = (0, 0);
+        let done = reserve(&domains, &areas, &mut edit)
+            .and_then(|()| areas.iter().try_for_each(|area| area.pages.register(area).map(|()| registered += 1)))
+            .and_then(|()| areas.iter().try_for_each(|area| install(area, &domains.seats, &mut edit).map(|()| installed += 1)));
         if let Err(error) = done {
             let ticket = self.ticket();
             areas.iter().for_each(|area| area.abandon(ticket));
@@ -74,7 +70,7 @@ impl Ioas {
                 uninstall(area, &mut edit);
             }
             edit.flush();
-            for area in &areas[..installed] {
+            for area in &areas[..registered] {
                 area.pages.unregister(area);
             }
             let mut space = self.space_mut();
@@ -83,13 +79,14 @@ impl Ioas {
             }
             return Err(error);
         }
+        // Where a large leaf replaced an empty table, that waits for its readers.
         edit.flush();
         areas.iter().for_each(|area| area.publish());
         Ok(areas[0].span().start())
     }
 
     /// Finds room and puts building areas there.
-    fn take_room(&self, domains: &Domains, parts: Vec<Part>, source: u64, place: Place, perm: Perm) -> Result<Vec<Arc<Area>>, Error> {
+    fn take_room(&self, parts: Vec<Part>, source: u64, place: Place, perm: Perm) -> Result<Vec<Arc<Area>>, Error> {
         let too_long = Error::TooLong { len: u64::MAX };
         let len = parts.iter().try_fold(0u64, |sum, part| sum.checked_add(part.len)).ok_or(too_long)?;
         let mut areas = Vec::new();
@@ -103,7 +100,7 @@ impl Ioas {
             let span = Span::from_len(at, part.len)?;
             check_part(&space, span, &part, perm)?;
             at = Iova::new(span.last().get().wrapping_add(1));
-            areas.push(Arc::new(Area::new(span, part, perm, &self.policy, Arc::clone(&domains.seats))));
+            areas.push(Arc::new(Area::new(span, part, perm, &self.policy, Arc::clone(&self.no_seats))));
         }
         for area in &areas {
             // The room is free and the tree has reserved its nodes.
@@ -135,40 +132,36 @@ fn reserve(domains: &Domains, areas: &[Arc<Area>], edit: &mut Edit) -> Result<()
         let slot = edit.prepare(&seat.domain)?;
         let table = seat.domain.table();
         for area in areas {
-            let any = table.tables_for_map(area.span());
-            let mut sum = 0u32;
+            let mut need = Need::new(table, area.span());
             let mut runs = 0;
             // Runs of scattered frames are as many as pages, so stop where the general bound is the better one.
             let counted = area.each_run(area.page_span(), |iova, oa, sizes| {
-                sum = sum.saturating_add(tables::for_run(table, iova, oa, sizes));
+                need.add(iova, oa, sizes);
                 runs += 1;
-                if sum >= any { Err(()) } else { Ok(()) }
+                if need.is_full() { Err(()) } else { Ok(()) }
             });
             let alone = runs <= 1 && counted.is_ok() && areas.len() == 1 && domains.seats.len() == 1;
             if !alone {
-                slot.reserve(sum.min(any))?;
+                slot.reserve(need.tables())?;
             }
         }
     }
     Ok(())
 }
 
-/// Installs a building area in its domains. On an error it is as before.
-fn install(area: &Arc<Area>, edit: &mut Edit) -> Result<(), Error> {
-    let backing = Arc::clone(area.backing());
+/// Gives a building area its seats, and installs it there. On an error it is as before.
+fn install(area: &Area, seats: &Seats, edit: &mut Edit) -> Result<(), Error> {
     let whole = area.page_span();
-    let _held = backing.lock(whole);
-    area.pages.register(area)?;
-    let seats = area.seats();
+    let _held = area.backing().lock(whole);
     for (index, seat) in seats.iter().enumerate() {
         let Err(failure) = pages::fill_part(area, whole, edit.slot(&seat.domain)) else { continue };
         let touched = seats.iter().take(index + usize::from(failure.runs_before > 0));
         touched.for_each(|seat| area.pages.clear_part(area, whole, edit.slot(&seat.domain)));
         // Devices may have found the leaves: they are gone for everyone before the pages are let go.
         edit.flush();
-        area.pages.unregister(area);
         return Err(failure.error);
     }
+    area.set_seats(Arc::clone(seats));
     Ok(())
 }
 

@@ -13,6 +13,7 @@
 
 use crate::area::{Area, AreaState};
 use crate::edit::Slot;
+use crate::tables::Need;
 use crate::{Edit, Error, tables};
 use addr::{Address, IntervalTree, Iova, Lg2, Page, SizeSet, Span};
 use backing::{Backing, BackingId, Listener, RestoreError, SpanGuard};
@@ -92,17 +93,16 @@ impl Pages {
             let stays = crosses || table.walk(iova.start()).is_some_and(|leaf| leaf.size < Lg2::M2);
             return cut + if stays { 0 } else { table.tables_for_map(iova) };
         }
-        let any = table.tables_for_map(iova);
+        let mut need = Need::new(table, iova);
         let sizes = SizeSet::ALL.up_to(finest);
-        let mut sum = 0u32;
         for (run, oa) in self.backing.extents(part) {
-            if sum >= any {
+            let at = iova.project(part.unindex::<Page>(addr::PAGE_LG2), run.unindex(addr::PAGE_LG2));
+            need.add(at, oa, sizes);
+            if need.is_full() {
                 break;
             }
-            let at = iova.project(part.unindex::<Page>(addr::PAGE_LG2), run.unindex(addr::PAGE_LG2));
-            sum = sum.saturating_add(tables::for_run(table, at, oa, sizes));
         }
-        cut + sum.min(any)
+        cut + need.tables()
     }
 
     /// Takes every leaf over `pages` out, in all domains, and nothing else: leaves that stick out are cut first. Cannot fail: where no table can
@@ -129,7 +129,7 @@ impl Pages {
         // Leaves never cross two areas, so only a part has borders to cut.
         if iova != area.span() && tables::crossing(table, iova).iter().any(Option::is_some) {
             let sizes = self.neighbour_sizes(area, part);
-            if sync::fail::step("ioas.cut").is_err() || table.cut(iova, sizes, &mut slot.stock).is_err() {
+            if table.cut(iova, sizes, &mut slot.stock).is_err() {
                 for leaf in tables::crossing(table, iova).into_iter().flatten() {
                     let at = leaf.iova.max(iova.start());
                     if table.shed(at, &mut slot.gather).is_some() {
@@ -191,7 +191,7 @@ impl Pages {
         }
     }
 
-    /// Adds an area. The caller holds its pages.
+    /// Adds an area. As long as it has no seat, nobody touches a leaf for it.
     pub(crate) fn register(&self, area: &Arc<Area>) -> Result<(), Error> {
         sync::fail::step("ioas.register")?;
         let mut areas = self.areas.write().unwrap_or_else(PoisonError::into_inner);

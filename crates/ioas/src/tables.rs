@@ -1,26 +1,55 @@
 //! How many tables a change can take at most, so that they are in stock before anything is changed.
 
-use addr::{Iova, Oa, SizeSet, Span};
+use addr::{Address, Iova, Lg2, Oa, SizeSet, Span};
 use iommu::IoTable;
 use pt::{AmdV1, Format, Leaf};
 
-/// Upper bound for mapping one contiguous run. A run that large leaves can fill needs small tables at its ends only.
-pub(crate) fn for_run(table: &IoTable, iova: Span<Iova>, oa: Oa, sizes: SizeSet) -> u32 {
-    let shared = (iova.start().get() ^ oa.get()).trailing_zeros().min(63) as u8;
-    let sizes = sizes.and(AmdV1::SIZES).up_to(addr::Lg2(shared));
-    let Some(largest) = sizes.largest() else { return 0 };
-    let (_, top) = table.root();
-    // A larger size only helps when the sizes in between lead up to it.
-    let steps = (1..=AmdV1::level_of(largest)).take_while(|level| sizes.has(addr::Lg2(AmdV1::item_lg2(*level))));
-    let bulk_level = steps.last().unwrap_or(0);
-    let reach = |level: u8| AmdV1::item_lg2(level) + AmdV1::INDEX_LG2;
-    let all = table.tables_for_map(iova);
-    let ends: u32 = (0..bulk_level.min(top)).map(|_| 2).sum();
-    let blocks = |level: u8| (iova.last().get() >> reach(level)) - (iova.start().get() >> reach(level)) + 1;
-    let bulk: u64 = (bulk_level..top.max(AmdV1::START_LEVEL)).map(blocks).sum();
-    // Growing the tree costs levels whatever is mapped: the rest of the general bound for one page.
-    let growth = table.tables_for_map(Span::one(iova.last()));
-    all.min(u32::try_from(bulk).unwrap_or(u32::MAX).saturating_add(ends).saturating_add(growth))
+/// An upper bound for mapping the runs of one span, counted run by run.
+#[derive(Clone, Copy)]
+pub(crate) struct Need {
+    /// The level of the top table now.
+    top: u8,
+    /// What mapping the span can take in the worst case, whatever its runs are.
+    most: u32,
+    sum: u32,
+    grows: bool,
+}
+
+impl Need {
+    pub(crate) fn new(table: &IoTable, span: Span<Iova>) -> Self {
+        Self { top: table.root().1, most: table.tables_for_map(span), sum: 0, grows: false }
+    }
+
+    /// Adds a contiguous run. What large leaves can fill needs small tables at its ends only.
+    pub(crate) fn add(&mut self, iova: Span<Iova>, oa: Oa, sizes: SizeSet) {
+        let shared = (iova.start().get() ^ oa.get()).trailing_zeros().min(63) as u8;
+        let fits = 63 - iova.len().leading_zeros() as u8;
+        let sizes = sizes.and(AmdV1::SIZES).up_to(Lg2(shared.min(fits)));
+        let Some(largest) = sizes.largest() else { return };
+        // A larger size only helps when the sizes in between lead up to it.
+        let steps = (1..=AmdV1::level_of(largest)).take_while(|level| sizes.has(Lg2(AmdV1::item_lg2(*level))));
+        let bulk = steps.last().unwrap_or(0);
+        let reach = AmdV1::item_lg2(self.top + 1);
+        self.grows |= bulk > self.top || reach < 64 && iova.last().get() >> reach != 0;
+        let blocks = |lg2: u8| (iova.last().get() >> lg2) - (iova.start().get() >> lg2) + 1;
+        let whole: u64 = (bulk..self.top).map(|level| blocks(AmdV1::item_lg2(level + 1))).sum();
+        // Below, only blocks that the run covers in part are filled with small leaves.
+        let end = Iova::new(iova.last().get().wrapping_add(1));
+        let partial = |lg2: u8| (u64::from(!iova.start().is_aligned(lg2)) + u64::from(!end.is_aligned(lg2))).min(blocks(lg2));
+        let ends: u64 = (0..bulk).map(|level| partial(AmdV1::item_lg2(level + 1))).sum();
+        self.sum = self.sum.saturating_add(u32::try_from(whole + ends).unwrap_or(u32::MAX));
+    }
+
+    /// Whether more runs cannot add anything.
+    pub(crate) fn is_full(&self) -> bool {
+        self.sum >= self.most
+    }
+
+    pub(crate) fn tables(&self) -> u32 {
+        // For each level on top one table, and one beside it for what was there before.
+        let growth = if self.grows { 2 * u32::from(AmdV1::MAX_LEVEL - self.top) } else { 0 };
+        self.sum.saturating_add(growth).min(self.most)
+    }
 }
 
 /// Whether a leaf sticks out of `part` at the low end, at the high end.

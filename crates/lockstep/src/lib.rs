@@ -1,5 +1,16 @@
-//! What a VMM links.
+//! Guest memory for device DMA, private and shared, kept in lockstep: what a VMM that assigns devices to confidential guests links.
 //!
-//! - [`kvm`]: the link to KVM: guest memory files, memory slots, attributes, vCPUs, and the probe of stage 2.
+//! [`GuestDma`] takes memslots, devices and conversions. Behind it an IOMMU in user space maps `{guest_memfd, offset}` into IO page tables in a
+//! real hardware format, and one transaction changes KVM, the RMP and every IO page table in the only safe order. [`kvm`] is the link to
+//! `/dev/kvm`.
+//!
+//! What is real and what is modelled: KVM, guest_memfd, the bytes, the page-table format and the order are real; system physical addresses,
+//! the RMP and trusted DMA are modelled, because no user program can have them.
 
-pub mod kvm;
+mod guest_dma;
+mod requests;
+
+pub use convert::{AuditReport, Change, ConvertError, Difference, Owner, Policy, RecordedStage2, Stage2};
+pub use guest_dma::{Config, Error, GuestDma};
+pub use iommu::{Device, Dma, EngineDevice, Fault, Tdisp, Trust};
+pub use requests::NO_UPDATE;

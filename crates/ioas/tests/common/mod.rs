@@ -9,52 +9,52 @@ use pt::{Leaf, Perm};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-pub const MIB: u64 = 1 << 20;
-pub const GIB: u64 = 1 << 30;
+pub(crate) const MIB: u64 = 1 << 20;
+pub(crate) const GIB: u64 = 1 << 30;
 
-pub fn iommu_with(table_bytes: u64) -> Arc<Iommu> {
+pub(crate) fn iommu_with(table_bytes: u64) -> Arc<Iommu> {
     let config = Config { table_bytes, iotlb_entries: 64, fault_records: 16 };
     Iommu::new(&config, Arc::new(secure::Rmp::new())).unwrap()
 }
 
-pub fn iommu() -> Arc<Iommu> {
+pub(crate) fn iommu() -> Arc<Iommu> {
     iommu_with(64 * MIB)
 }
 
-pub fn ioas() -> Arc<Ioas> {
+pub(crate) fn ioas() -> Arc<Ioas> {
     Ioas::new(&iommu(), Arc::new(MapAll))
 }
 
-pub fn simulated(len: u64) -> Arc<Backing> {
+pub(crate) fn simulated(len: u64) -> Arc<Backing> {
     Backing::simulated(len, Frames::Contiguous).unwrap()
 }
 
-pub fn iova(start: u64, len: u64) -> Span<Iova> {
+pub(crate) fn iova(start: u64, len: u64) -> Span<Iova> {
     Span::from_len(Iova::new(start), len).unwrap()
 }
 
-pub fn pages(start: u64, len: u64) -> Span<Page> {
+pub(crate) fn pages(start: u64, len: u64) -> Span<Page> {
     Span::from_len(Page::new(start), len).unwrap()
 }
 
-pub fn at(start: u64) -> Place {
+pub(crate) fn at(start: u64) -> Place {
     Place::Fixed(Iova::new(start))
 }
 
 /// Everything a domain's table says, in order.
-pub fn leaves(domain: &Domain) -> Vec<Leaf> {
+pub(crate) fn leaves(domain: &Domain) -> Vec<Leaf> {
     let mut all = Vec::new();
     domain.table().leaves(Span::whole(), |leaf| all.push(leaf));
     all
 }
 
 /// What a device would find there.
-pub fn walk(domain: &Domain, at: u64) -> Option<(Oa, Perm)> {
+pub(crate) fn walk(domain: &Domain, at: u64) -> Option<(Oa, Perm)> {
     domain.table().walk(Iova::new(at)).map(|leaf| (leaf.oa_of(Iova::new(at)), leaf.perm))
 }
 
 /// Everything an address space and its domains say, for comparison before and after. Tables in use are a part of it.
-pub fn dump(ioas: &Ioas) -> String {
+pub(crate) fn dump(ioas: &Ioas) -> String {
     use std::fmt::Write;
     let mut out = String::new();
     for area in ioas.areas() {
@@ -70,7 +70,7 @@ pub fn dump(ioas: &Ioas) -> String {
 }
 
 /// Compares every domain's leaves with what the areas and page states call for, page by page and from both sides.
-pub fn audit(ioas: &Ioas) {
+pub(crate) fn audit(ioas: &Ioas) {
     for domain in ioas.domains() {
         let mut found = leaves(&domain).into_iter();
         let mut rest = Vec::new();
@@ -97,7 +97,7 @@ pub fn audit(ioas: &Ioas) {
 
 /// A rule that counts how often it is asked: once for each run of equal pages in each domain.
 #[derive(Debug, Default)]
-pub struct Counting(pub AtomicU64);
+pub(crate) struct Counting(pub(crate) AtomicU64);
 
 impl LeafRule for Counting {
     fn leaf(&self, backing: &Backing, run: Span<Page>, state: PageState) -> (Span<Page>, Option<SizeSet>) {
@@ -107,14 +107,14 @@ impl LeafRule for Counting {
 }
 
 impl Counting {
-    pub fn take(&self) -> u64 {
+    pub(crate) fn take(&self) -> u64 {
         self.0.swap(0, Ordering::Relaxed)
     }
 }
 
 /// As a confidential guest's rule would do it: private pages in 4 KiB and 2 MiB leaves, shared ones in any.
 #[derive(Debug)]
-pub struct Mirror;
+pub(crate) struct Mirror;
 
 impl LeafRule for Mirror {
     fn leaf(&self, _: &Backing, run: Span<Page>, state: PageState) -> (Span<Page>, Option<SizeSet>) {
@@ -127,8 +127,8 @@ impl LeafRule for Mirror {
     }
 }
 
-pub fn oa_of(area: &Area, page: u64) -> Oa {
+pub(crate) fn oa_of(area: &Area, page: u64) -> Oa {
     area.backing().oa(Page::new(page))
 }
 
-pub const PAGE: u64 = PAGE_BYTES;
+pub(crate) const PAGE: u64 = PAGE_BYTES;

@@ -79,6 +79,7 @@ impl Vcpu {
         // Type 11: code, readable, accessed. Type 3: data, writable, accessed.
         let code = kvm_segment { limit: u32::MAX, selector: 8, type_: 11, present: 1, s: 1, l: 1, g: 1, ..Default::default() };
         let data = kvm_segment { selector: 16, type_: 3, l: 0, db: 1, ..code };
+        self.settle();
         let fd = self.fd();
         let mut sregs = fd.get_sregs().map_err(|error| KvmError::at("reading a vCPU's system registers", error))?;
         (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) = (PE_ET_NE_WP_PG, start.root.get(), PAE, LME_LMA);

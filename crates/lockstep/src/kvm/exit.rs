@@ -105,8 +105,9 @@ pub(super) enum Awaiting {
     Hypercall,
 }
 
-/// Decodes what kvm-ioctls returned, and leaves in it the answer that stands when nobody gives another.
-pub(super) fn decode(exit: VcpuExit<'_>, reason: u32) -> (Exit, Awaiting) {
+/// Decodes what kvm-ioctls returned, and leaves in it the answer that stands when nobody gives another. The caller fills in the reason of
+/// [`Exit::Other`].
+pub(super) fn decode(exit: VcpuExit<'_>) -> (Exit, Awaiting) {
     let exit = match exit {
         VcpuExit::MmioRead(gpa, data) => {
             data.fill(0xff);
@@ -139,7 +140,7 @@ pub(super) fn decode(exit: VcpuExit<'_>, reason: u32) -> (Exit, Awaiting) {
         VcpuExit::Hlt => Exit::Halt,
         VcpuExit::Shutdown => Exit::Shutdown,
         VcpuExit::Intr => Exit::Interrupted,
-        _ => Exit::Other { reason },
+        _ => Exit::Other { reason: 0 },
     };
     (exit, Awaiting::Nothing)
 }
@@ -197,7 +198,7 @@ mod tests {
 
     fn hypercall(nr: u64, args: [u64; 6]) -> (Exit, Awaiting, u64) {
         let mut ret = 0;
-        let (exit, awaiting) = decode(VcpuExit::Hypercall(HypercallExit { nr, args, ret: &mut ret, longmode: 1 }), 3);
+        let (exit, awaiting) = decode(VcpuExit::Hypercall(HypercallExit { nr, args, ret: &mut ret, longmode: 1 }));
         (exit, awaiting, ret)
     }
 
@@ -230,14 +231,14 @@ mod tests {
     #[test]
     fn registers_and_faults() {
         let mut data = [0; 4];
-        let read = decode(VcpuExit::MmioRead(0xfe00_0008, &mut data), 6);
+        let read = decode(VcpuExit::MmioRead(0xfe00_0008, &mut data));
         assert_eq!(read, (Exit::MmioRead { gpa: Gpa::new(0xfe00_0008), len_bytes: 4 }, Awaiting::Mmio { len_bytes: 4 }));
         assert_eq!(data, [0xff; 4]);
-        let write = decode(VcpuExit::MmioWrite(0xfe00_0000, &[0x34, 0x12]), 6);
+        let write = decode(VcpuExit::MmioWrite(0xfe00_0000, &[0x34, 0x12]));
         assert_eq!(write.0, Exit::MmioWrite { gpa: Gpa::new(0xfe00_0000), len_bytes: 2, value: 0x1234 });
-        let fault = decode(VcpuExit::MemoryFault { flags: 8, gpa: 0x5000, size: 0x1000 }, 39);
+        let fault = decode(VcpuExit::MemoryFault { flags: 8, gpa: 0x5000, size: 0x1000 });
         assert_eq!(fault.0, Exit::MemoryFault { gpa: Gpa::new(0x5000), len_bytes: 0x1000, private: true });
-        assert_eq!(decode(VcpuExit::InternalError, 17).0, Exit::Other { reason: 17 });
+        assert_eq!(decode(VcpuExit::InternalError).0, Exit::Other { reason: 0 });
         let mut counts = ExitCounts::default();
         for exit in [read.0, write.0, fault.0, Exit::Halt] {
             counts.count(&exit);

@@ -89,19 +89,18 @@ impl Prober {
         self.vcpu.answer_mmio(gpa.get());
         // Eight bytes may be read in parts where they cross a page; a part with no memory behind it says all there is to say.
         let whole = Span::from_len(gpa, 8).map_err(|error| KvmError::Span { what: "a probed address", error })?;
-        let probed = loop {
+        let mut memory = true;
+        let value = loop {
             match self.next()? {
-                Exit::MmioWrite { gpa: at, len_bytes: 8, value } if at == self.at.register => break Probed::Value(value),
-                Exit::MmioRead { gpa: at, .. } if whole.contains(at) => break Probed::NoMemory,
+                Exit::MmioWrite { gpa: at, len_bytes: 8, value } if at == self.at.register => break value,
+                Exit::MmioRead { gpa: at, .. } if whole.contains(at) => memory = false,
                 Exit::MemoryFault { private, .. } => return Ok(Probed::Refused { private }),
                 exit => return Err(KvmError::Probe { at: gpa, exit: format!("{exit:?}") }),
             }
         };
-        if let Probed::Value(_) = probed {
-            self.expect(gpa, Exit::MmioRead { gpa: self.at.register, len_bytes: 8 })?;
-            self.ready = true;
-        }
-        Ok(probed)
+        self.expect(gpa, Exit::MmioRead { gpa: self.at.register, len_bytes: 8 })?;
+        self.ready = true;
+        Ok(if memory { Probed::Value(value) } else { Probed::NoMemory })
     }
 
     fn expect(&mut self, at: Gpa, wanted: Exit) -> Result<(), KvmError> {

@@ -1,0 +1,108 @@
+//! The command line: one list that parser and help share.
+
+use backing::Frames;
+use clap::{Parser, Subcommand, ValueEnum};
+use lockstep::Policy;
+use std::time::Duration;
+
+/// Guest memory for device DMA, private and shared, kept in lockstep.
+#[derive(Debug, Parser)]
+#[command(name = "lockstep", version, about, max_term_width = 110)]
+pub(crate) struct Args {
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a guest whose pages turn private and shared while devices do DMA, and prove the tables equal
+    Run(RunArgs),
+}
+
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct RunArgs {
+    /// Guest memory, with a unit: 64M, 1G
+    #[arg(long, default_value = "256M", value_parser = parse_bytes)]
+    pub(crate) memory: u64,
+    /// How long to run
+    #[arg(long, default_value_t = 5.0)]
+    pub(crate) seconds: f64,
+    /// Where all random choices start
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// What devices may have mapped: mirror or shared-only
+    #[arg(long, default_value_t = Policy::Mirror)]
+    pub(crate) policy: Policy,
+    /// How pages lie in the simulated physical space
+    #[arg(long, value_enum, default_value_t = FramesArg::Contiguous)]
+    pub(crate) frames: FramesArg,
+    /// Where the guest runs: the best there is, or one in particular
+    #[arg(long, value_enum, default_value_t = VmArg::Auto)]
+    pub(crate) vm: VmArg,
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Plant a fault, which must be found; `list` prints their names
+    #[arg(long = "break", value_name = "WHAT")]
+    pub(crate) plant: Option<String>,
+}
+
+impl RunArgs {
+    pub(crate) fn duration(&self) -> Duration {
+        Duration::try_from_secs_f64(self.seconds).unwrap_or(Duration::from_secs(5))
+    }
+
+    pub(crate) fn layout(&self) -> Frames {
+        match self.frames {
+            FramesArg::Contiguous => Frames::Contiguous,
+            FramesArg::Scattered => Frames::Scattered { seed: self.seed },
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum FramesArg {
+    /// In a row: large leaves
+    Contiguous,
+    /// In a seeded random order: 4 KiB leaves, as guest_memfd has them today
+    Scattered,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum VmArg {
+    /// KVM where /dev/kvm works, a thread elsewhere
+    Auto,
+    /// KVM, or an error
+    Kvm,
+    /// A thread of this process
+    Thread,
+}
+
+/// A number of bytes with an optional unit of 1024s.
+fn parse_bytes(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match text[digits.len()..].trim_end_matches("iB").trim_end_matches(['b', 'B']) {
+        "" => 0,
+        "k" | "K" => 10,
+        "m" | "M" => 20,
+        "g" | "G" => 30,
+        "t" | "T" => 40,
+        unit => return Err(format!("unknown unit '{unit}': use K, M, G or T")),
+    };
+    let number: u64 = digits.parse().map_err(|_| format!("'{text}' is no number of bytes: write 64M or 1G"))?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("{text} is more than any memory"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse_bytes;
+
+    #[test]
+    fn sizes() {
+        assert_eq!(parse_bytes("64M"), Ok(64 << 20));
+        assert_eq!(parse_bytes("1GiB"), Ok(1 << 30));
+        assert_eq!(parse_bytes("4096"), Ok(4096));
+        assert!(parse_bytes("12X").is_err() && parse_bytes("M").is_err() && parse_bytes("99999999T").is_err());
+    }
+}

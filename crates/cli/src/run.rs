@@ -1,0 +1,155 @@
+//! `lockstep run`: a guest, its devices, host threads under whose hands pages turn private and shared, and the checks that all of it is right.
+
+mod balloon;
+mod breaks;
+mod checks;
+mod devices;
+mod load;
+mod machine;
+mod report;
+mod vcpu;
+
+use crate::args::RunArgs;
+use balloon::Balloon;
+use checks::{Checks, Detector, add};
+use convert::Auditor;
+use indicatif::{ProgressBar, ProgressStyle};
+use load::Region;
+use lockstep::Dma;
+use machine::{Failure, Machine};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::{Duration, Instant};
+
+/// The command. Exit status 0 only when every check held and everything that should have happened did.
+pub(crate) fn main(options: &RunArgs) -> ExitCode {
+    let planted = match options.plant.as_deref() {
+        Some("list") => {
+            breaks::BREAKS.iter().for_each(|fault| println!("{}", fault.name));
+            return ExitCode::SUCCESS;
+        }
+        Some(name) if !breaks::BREAKS.iter().any(|fault| fault.name == name) => {
+            eprintln!("lockstep: no fault is named '{name}'; `lockstep run --break list` prints the names");
+            return ExitCode::from(2);
+        }
+        name => name,
+    };
+    match run(options, planted) {
+        Ok(summary) => {
+            summary.print(options.json);
+            if summary.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+        Err(error) => {
+            eprintln!("lockstep: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(options: &RunArgs, planted: Option<&str>) -> Result<report::Summary, Failure> {
+    let checks = Arc::new(Checks::default());
+    let mut machine = Machine::new(options, &checks)?;
+    if !options.json {
+        eprintln!("{}", machine.describe());
+    }
+    // Everything is built right; what is planted happens while it runs.
+    let _plant = planted.and_then(breaks::plant);
+    let started = Instant::now();
+    let refused = AtomicU64::new(0);
+    load_and_watch(options, &mut machine, &checks, &refused, started)?;
+    let guest = machine.guest_report(&checks)?;
+    last_look(&mut machine, &checks);
+    Ok(report::Summary::new(options, &machine, &checks, &guest, started.elapsed()))
+}
+
+/// All threads of a run, until time is up or something was found.
+fn load_and_watch(
+    options: &RunArgs,
+    machine: &mut Machine,
+    checks: &Arc<Checks>,
+    refused: &AtomicU64,
+    started: Instant,
+) -> Result<(), Failure> {
+    let region = Region { dma: Arc::clone(&machine.dma), checks: Arc::clone(checks), span: machine.plan.region };
+    let away = (0..balloon::PAGES).map(|_| AtomicU64::new(0)).collect();
+    let balloon = Balloon { dma: Arc::clone(&machine.dma), checks: Arc::clone(checks), span: machine.plan.balloon, away };
+    let all = machine.plan.memory;
+    let [trusted, untrusted] = [&machine.trusted, &machine.untrusted];
+    let context = |device| Dma::new(device);
+    let (converting, neighbours, probing) = (context(trusted)?, context(trusted)?, context(untrusted)?);
+    let (breathing, pressing) = (context(untrusted)?, context(untrusted)?);
+    let dma = Arc::clone(&machine.dma);
+    let seed = options.seed;
+    let guest = machine.take_guest(checks)?;
+    std::thread::scope(|scope| {
+        scope.spawn(|| region.convert(converting, seed ^ 1));
+        scope.spawn(|| region.neighbours(neighbours, seed ^ 2));
+        scope.spawn(|| region.probe(probing, all, refused, seed ^ 3));
+        scope.spawn(|| balloon.breathe(breathing, seed ^ 4));
+        scope.spawn(|| balloon.press(pressing, seed ^ 5));
+        scope.spawn(|| watch(&dma, checks));
+        let vcpu = scope.spawn(|| guest.run(checks));
+        progress(options, checks, &dma, started);
+        machine::stop_guest(&dma);
+        checks.stop();
+        vcpu.join().unwrap_or_else(|_| Err("the guest's thread panicked".into()))
+    })
+}
+
+/// Audits the whole and merges a part, for ever.
+fn watch(dma: &lockstep::GuestDma, checks: &Checks) {
+    let mut from = addr::Gpa::new(0);
+    while !checks.stopped() {
+        audit(dma, checks);
+        from = dma.merge(from, 1 << 16);
+        // The tables are looked at all the time; the rest of the run wants the processor as well.
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn audit(dma: &lockstep::GuestDma, checks: &Checks) {
+    checks.take(Auditor::new(dma.space()).populated().audit(dma.ioas()));
+    add(&checks.audits, 1);
+}
+
+/// When everything has come to rest: the whole once more, so that a run of any length ends with an audit.
+fn last_look(machine: &mut Machine, checks: &Checks) {
+    audit(&machine.dma, checks);
+    if let Err(error) = machine.probe(checks) {
+        eprintln!("lockstep: stage 2 could not be probed: {error}");
+    }
+}
+
+/// Shows how it goes, until time is up or something was found.
+fn progress(options: &RunArgs, checks: &Checks, dma: &lockstep::GuestDma, started: Instant) {
+    let total = options.duration();
+    let bar = if options.json { ProgressBar::hidden() } else { ProgressBar::new(total.as_millis() as u64) };
+    let style = ProgressStyle::with_template("{bar:30} {percent:>3}%  {msg}").unwrap_or_else(|_| ProgressStyle::default_bar());
+    bar.set_style(style);
+    while !checks.stopped() && started.elapsed() < total {
+        std::thread::sleep(Duration::from_millis(20).min(total.saturating_sub(started.elapsed())));
+        let counters = dma.counters();
+        bar.set_position(started.elapsed().as_millis() as u64);
+        bar.set_message(format!(
+            "{} pages converted, {} moved, {} audits",
+            counters.to_private + counters.to_shared,
+            report::bytes(checks::read(&checks.bytes_moved)),
+            checks::read(&checks.audits)
+        ));
+    }
+    bar.finish_and_clear();
+}
+
+/// A guest that stopped with an error of its own is a finding.
+fn guest_findings(machine: &Machine, checks: &Checks, report: &guest::Report) {
+    if report.is_clean() {
+        return;
+    }
+    let at = if report.mismatches > 0 { addr::Gpa::new(report.mismatch_gpa) } else { machine.plan.memory.start() };
+    let what = format!(
+        "the guest found {} wrong bytes (expected {:#x}, got {:#x}), {} wrong DMA outcomes, {} wrong answers to requests, {} failed requests, {} errors (last {:#x})",
+        report.mismatches, report.mismatch_expected, report.mismatch_got, report.dma_wrong, report.psc_wrong_answers, report.psc_errors, report.errors, report.last_error
+    );
+    checks.find_at(&machine.dma, Detector::Guest, at, "I-5", &what);
+}

@@ -1,0 +1,261 @@
+//! Readers against writers in real threads: at no moment may a check answer what was true neither before nor after.
+
+use crate::common::*;
+use addr::{Gpa, Oa, Span};
+use lockstep_secure::*;
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::thread;
+
+const K4: RmpSize = RmpSize::K4;
+const BIG: RmpSize = RmpSize::M2;
+const TRUSTED: Requester = Requester::Trusted { asid: ASID, vmpl: Vmpl::V0, vtom: None };
+
+/// A writer's rounds. What it holds true in a phase, readers test; an answer counts when the phase did not change meanwhile.
+struct Phases {
+    now: AtomicU64,
+    done: AtomicBool,
+}
+
+impl Phases {
+    fn new() -> Self {
+        Self { now: AtomicU64::new(0), done: AtomicBool::new(false) }
+    }
+
+    fn next(&self) {
+        self.now.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Runs `test` with each phase until the writer is done; `test` answers whether it found what the phase promises.
+    fn watch(&self, kinds: u64, mut test: impl FnMut(u64) -> Result<(), String>) -> u64 {
+        let mut counted = 0;
+        while !self.done.load(Ordering::Relaxed) {
+            let phase = self.now.load(Ordering::SeqCst);
+            let result = test(phase % kinds);
+            if self.now.load(Ordering::SeqCst) == phase {
+                result.unwrap_or_else(|what| panic!("phase {}: {what}", phase % kinds));
+                counted += 1;
+            }
+        }
+        counted
+    }
+}
+
+/// A walk and a check as the IOMMU makes them: a mismatch of sizes is a fault only under an even sequence that did not change.
+fn dma(rmp: &Table, leaf_lg2: &AtomicU8, page: u64) -> Result<(), Refusal> {
+    loop {
+        let before = rmp.smash_seq(oa(page));
+        let lg2 = leaf_lg2.load(Ordering::Acquire);
+        let leaf = leaf(page, lg2);
+        let first = Gpa::new(gpa(page).get() >> lg2 << lg2);
+        match rmp.check_device(TRUSTED, leaf, first, Access::Write) {
+            Err(refusal) if refusal.size_mismatch && (before & 1 == 1 || rmp.smash_seq(oa(page)) != before) => {}
+            result => return result,
+        }
+    }
+}
+
+/// Phase 1: the 2 MiB is valid and is split, entry and leaf in either order; no DMA may fail. Phase 0: anything goes.
+#[test]
+fn a_split_is_one_event_for_dma() {
+    let rmp = table(2);
+    let leaf_lg2 = AtomicU8::new(21);
+    let phases = Phases::new();
+    thread::scope(|scope| {
+        let readers: Vec<_> = [0, 77, 511]
+            .map(|page| {
+                let (rmp, phases, leaf_lg2) = (&rmp, &phases, &leaf_lg2);
+                scope.spawn(move || {
+                    phases.watch(2, |phase| match dma(rmp, leaf_lg2, page) {
+                        Err(refusal) if phase == 1 => Err(format!("page {page}: {refusal}")),
+                        _ => Ok(()),
+                    })
+                })
+            })
+            .into();
+        for round in 0..4000 {
+            leaf_lg2.store(21, Ordering::Release);
+            assign_valid(&rmp, 0, BIG);
+            phases.next();
+            rmp.smash_begin(oa(0));
+            if round % 2 == 0 {
+                rmp.psmash(oa(0)).unwrap();
+                leaf_lg2.store(12, Ordering::Release);
+            } else {
+                leaf_lg2.store(12, Ordering::Release);
+                rmp.psmash(oa(0)).unwrap();
+            }
+            rmp.smash_end(oa(0));
+            if round % 16 == 0 {
+                thread::yield_now();
+            }
+            phases.next();
+            for page in 0..512 {
+                rmp.rmpupdate(oa(page), RmpState::shared(K4)).unwrap();
+            }
+        }
+        phases.done.store(true, Ordering::Relaxed);
+        let counted: u64 = readers.into_iter().map(|reader| reader.join().unwrap()).sum();
+        assert!(counted > 1000, "readers saw only {counted} steady phases");
+    });
+    assert_summaries(&rmp);
+}
+
+/// Phase 1: page 300 is private. Phase 3: it is shared again. Meanwhile a second writer changes other pages of its group.
+#[test]
+fn ownership_is_seen_at_once_by_leaves_of_every_size() {
+    let rmp = table(2);
+    let phases = Phases::new();
+    let untrusted = |leaf: Span<Oa>| rmp.check_device(Requester::Untrusted, leaf, Gpa::new(0), Access::Write);
+    thread::scope(|scope| {
+        let readers: Vec<_> = (0..2)
+            .map(|_| {
+                scope.spawn(|| {
+                    phases.watch(4, |phase| {
+                        for lg2 in [12, 14, 21, 30] {
+                            let result = untrusted(leaf(300, lg2));
+                            let wrong = (phase == 1 && result.is_ok()) || (phase == 3 && lg2 < 21 && result.is_err());
+                            if wrong {
+                                return Err(format!("{lg2}: {result:?}"));
+                            }
+                        }
+                        match untrusted(leaf(600, 21)) {
+                            Err(refusal) => Err(format!("a group nobody touches: {refusal}")),
+                            Ok(()) => Ok(()),
+                        }
+                    })
+                })
+            })
+            .collect();
+        let noise = scope.spawn(|| {
+            let mut page = 0;
+            while !phases.done.load(Ordering::Relaxed) {
+                // Not page 300, nor its 16 KiB.
+                page = (page + 37) % 290;
+                assign_valid(&rmp, page, K4);
+                rmp.rmpupdate(oa(page), RmpState::shared(K4)).unwrap();
+            }
+        });
+        for round in 0..30_000 {
+            assign(&rmp, 300, K4);
+            phases.next();
+            if round % 64 == 0 {
+                thread::yield_now();
+            }
+            phases.next();
+            rmp.rmpupdate(oa(300), RmpState::shared(K4)).unwrap();
+            phases.next();
+            if round % 64 == 32 {
+                thread::yield_now();
+            }
+            phases.next();
+        }
+        phases.done.store(true, Ordering::Relaxed);
+        noise.join().unwrap();
+        let counted: u64 = readers.into_iter().map(|reader| reader.join().unwrap()).sum();
+        assert!(counted > 1000, "readers saw only {counted} steady phases");
+    });
+    assert_summaries(&rmp);
+    assert_eq!((rmp.summary_2m(oa(0)), rmp.assigned_pages()), (0, 0));
+}
+
+/// Whatever the writer does with the page, nobody gets in who at no time was let in: neither a stranger, nor a VMPL without
+/// permission in any of the page's lives, nor the owner at another address.
+#[test]
+fn no_half_written_entry_lets_anyone_in() {
+    let rmp = table(1);
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    for (asid, vmpl, page) in [(5, Vmpl::V2, 9), (6, Vmpl::V1, 9), (7, Vmpl::V0, 9), (5, Vmpl::V0, 10)] {
+                        let who = Requester::Trusted { asid, vmpl, vtom: Some(Gpa::new(1 << 50)) };
+                        let result = rmp.check_device(who, leaf(9, 12), gpa(page), Access::Read);
+                        assert!(result.is_err(), "ASID {asid} {vmpl:?} got in");
+                    }
+                }
+            });
+        }
+        for _ in 0..60_000 {
+            // Two guests in turn; with ASID 5 VMPL 1 may read, with ASID 6 VMPL 2 may.
+            for (asid, level) in [(5, Vmpl::V1), (6, Vmpl::V2)] {
+                rmp.rmpupdate(oa(9), RmpState::private(gpa(9), K4, asid)).unwrap();
+                rmp.pvalidate(Pvalidate { asid, ..pvalidate(9, K4, true) }).unwrap();
+                let set = Attributes { target: level, perms: Perms::READ, vmsa: false };
+                rmp.rmpadjust(asid, Vmpl::V0, gpa(9), oa(9), K4, set).unwrap();
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+}
+
+/// PVALIDATE and PSMASH at the same moment: the guest's word is neither lost nor halved.
+#[test]
+fn no_validation_is_lost_in_a_split() {
+    let rmp = table(1);
+    let barrier = Barrier::new(2);
+    const ROUNDS: usize = 3000;
+    thread::scope(|scope| {
+        let guest = scope.spawn(|| {
+            let mut answers = Vec::new();
+            for _ in 0..ROUNDS {
+                barrier.wait();
+                answers.push(rmp.pvalidate(pvalidate(0, BIG, true)));
+                barrier.wait();
+                barrier.wait();
+            }
+            answers
+        });
+        let mut valid = Vec::new();
+        for _ in 0..ROUNDS {
+            assign(&rmp, 0, BIG);
+            barrier.wait();
+            rmp.psmash(oa(0)).unwrap();
+            barrier.wait();
+            valid.push((0..512).filter(|&page| rmp.entry(oa(page)).validated()).count());
+            for page in 0..512 {
+                rmp.rmpupdate(oa(page), RmpState::shared(K4)).unwrap();
+            }
+            barrier.wait();
+        }
+        for (answer, valid) in guest.join().unwrap().into_iter().zip(valid) {
+            match answer {
+                Ok(Validated { changed: true }) => assert_eq!(valid, 512),
+                Err(PvalidateError::Fail(Code::FailSizeMismatch)) => assert_eq!(valid, 0),
+                other => panic!("{other:?} and {valid} valid pages"),
+            }
+        }
+    });
+    assert_summaries(&rmp);
+}
+
+/// Writers in every group, while segments come and go beside them.
+#[test]
+fn readers_do_not_notice_segments_that_come_and_go() {
+    let rmp = table(4);
+    let done = AtomicBool::new(false);
+    assign(&rmp, 600, K4);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                let check = |page, lg2| rmp.check_device(Requester::Untrusted, leaf(page, lg2), Gpa::new(0), Access::Read);
+                assert_eq!(check(3, 21), Ok(()));
+                assert_eq!(check(3, 12), Ok(()));
+                assert_eq!(check(600, 12).unwrap_err().at, oa(600));
+                assert_eq!(check(601, 21).unwrap_err().at, oa(600));
+            }
+        });
+        let mut rng = fastrand::Rng::with_seed(3);
+        for _ in 0..20_000 {
+            let start = Oa::new(START.get() + (4 + rng.u64(..300)) * M2);
+            let beside = span(start, rng.u64(1..4) * M2);
+            rmp.add_segment(beside, words(beside)).unwrap();
+            rmp.rmpupdate(start, RmpState::private(Gpa::new(0), K4, 9)).unwrap();
+            rmp.rmpupdate(start, RmpState::shared(K4)).unwrap();
+            rmp.remove_segment(beside).unwrap();
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    assert_summaries(&rmp);
+}
