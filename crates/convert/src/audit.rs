@@ -231,7 +231,12 @@ impl<'a> Auditor<'a> {
                 add("I-10", "the leaf's permissions are not the area's", seen, Some(leaf));
             }
             let size = Lg2(64 - leaf.span.last_offset().leading_zeros() as u8);
-            if !run.sizes.has(size) {
+            // Asked of the entry itself, not of the rule that chose the leaf.
+            let private = pages_of(area, seen).is_some_and(|pages| backing.state(pages.start()) == PageState::Private);
+            let entry = Lg2(self.space.rmp().size_at(given).lg2());
+            if private && entry != size {
+                add("I-5", &format!("a leaf of {size} over an RMP entry of {entry}"), seen, Some(leaf));
+            } else if !run.sizes.has(size) {
                 add("I-5", &format!("a leaf of {size} where the rule allows {:#x}", run.sizes.0), seen, Some(leaf));
             }
             covered_to = seen.last().checked_add(1);
@@ -260,6 +265,7 @@ impl<'a> Auditor<'a> {
 
     /// Every page's own RMP entry, bit by bit, against its state; and stage 2's record.
     fn compare_entries(&self, area: &Area, backing: &Arc<Backing>, pages: Span<Page>, report: &mut AuditReport) {
+        let leaked = self.space.rmp().leaked();
         for (run, state) in backing.states(pages) {
             report.pages += run.len();
             let gpas = self.space.gpa_of(backing, run.start());
@@ -269,7 +275,12 @@ impl<'a> Auditor<'a> {
                     let page = extent.start().plus(offset);
                     let gpa = gpas.map(|gpa| gpa.plus(page.offset_from(run.start()) << PAGE_LG2));
                     report.entries += 1;
-                    if let Some(what) = self.entry_is_wrong(oa.plus(offset << PAGE_LG2), state, gpa)
+                    let oa = oa.plus(offset << PAGE_LG2);
+                    // A leaked page is assigned for ever, and nobody's.
+                    if state == PageState::Absent && leaked.binary_search(&oa).is_ok() {
+                        continue;
+                    }
+                    if let Some(what) = self.entry_is_wrong(oa, state, gpa)
                         && let Some(iova) = iova_of(area, Span::one(page))
                     {
                         let invariant = if state == PageState::Private { "I-5" } else { "I-6" };
@@ -311,14 +322,8 @@ impl<'a> Auditor<'a> {
                 }
                 (q2 != RESET_PERMS).then(|| wrong("permissions are not those of a fresh page")).flatten()
             }
-            PageState::Shared => {
-                if own != 0 {
-                    return wrong("not all zero, and the page is shared");
-                }
-                (q2 != 0 && q2 != RESET_PERMS).then(|| wrong("permissions that no instruction leaves on a shared page")).flatten()
-            }
-            // A leaked page is assigned for ever and absent for us.
-            PageState::Absent => None,
+            PageState::Shared => (own != 0 || q2 != 0).then(|| wrong("not all zero, and the page is shared")).flatten(),
+            PageState::Absent => (own != 0 || q2 != 0).then(|| wrong("not all zero, and the page is absent and was not leaked")).flatten(),
         }
     }
 
@@ -409,8 +414,19 @@ impl<'a> Auditor<'a> {
         }
         for (span, says, counted) in found {
             let what = format!("the RMP counts {says} assigned pages in {span}, its entries {counted}");
-            report.add(self.difference("D-6", what, Span::whole(), None, None));
+            let iova = self.iova_of_first(span).unwrap_or(Span::whole());
+            report.add(self.difference("D-6", what, iova, None, None));
         }
+    }
+
+    /// Where devices see the first page of `span` that a memslot shows: GPAs are IOVAs here.
+    fn iova_of_first(&self, span: Span<Oa>) -> Option<Span<Iova>> {
+        let slots = self.space.slots();
+        slots.iter().find_map(|(_, backing, _)| {
+            let page = backing.window().intersect(span).and_then(|part| backing.page_of(part.start()))?;
+            let gpa = self.space.gpa_of(backing, page)?;
+            Some(Span::block(Iova::new(gpa.get()), PAGE_LG2))
+        })
     }
 
     /// What each of the three tables says about a span.

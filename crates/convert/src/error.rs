@@ -22,7 +22,8 @@ pub enum Step {
     Attach,
 }
 
-/// Why a conversion did not finish. Up to and with `Reserve` and `Smash` nothing has changed.
+/// Why a conversion did not finish. Up to and with `Reserve` nothing has changed. A refused `Smash` may have left 2 MiB entries that come
+/// before it in 4 KiB, leaves and all: no page has another owner or other rights.
 #[derive(Debug, Error)]
 pub enum ConvertError {
     /// The span is no span of pages.
@@ -84,7 +85,8 @@ pub enum ConvertError {
         /// Pages converted.
         done_pages: u64,
     },
-    /// Stage 2 refused after the owner had changed. The pages are converted and unmapped; converting them again retries.
+    /// Stage 2 refused a span after its owner had changed. Its pages are converted and unmapped, until converting them again retries. Should
+    /// other spans have been refused as well, they are in the same state.
     #[error("{source}; the owner has changed already and is not rolled back, {done_pages} pages of the batch are converted: convert the span again")]
     Stage2 {
         /// What stage 2 said.

@@ -118,14 +118,18 @@ impl Plan {
                 let gpa = piece.gpa.project(piece.pages.unindex(PAGE_LG2), run.unindex::<Page>(PAGE_LG2));
                 let wanted = PageState::from(piece.to);
                 // Also what stage 2 did not take the last time is done again.
-                let told = |gpa: Span<Gpa>| space.stage2.runs(gpa).iter().all(|(_, private)| *private == (piece.to == Owner::Private));
-                if from != wanted || !told(gpa) {
+                if from != wanted || !is_told(space, gpa, piece.to) {
                     todo.push(Piece { gpa, pages: run, from, ..*piece });
                 }
             }
         }
         todo
     }
+}
+
+/// Whether stage 2 has all of `span` as `to`.
+pub(crate) fn is_told(space: &Space, span: Span<Gpa>, to: Owner) -> bool {
+    space.stage2.runs(span).iter().all(|(_, private)| *private == (to == Owner::Private))
 }
 
 impl Plan {

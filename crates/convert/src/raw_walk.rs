@@ -144,7 +144,8 @@ impl Walk<'_> {
             let other = (self.word)(at).unwrap_or(0);
             dirty |= other & DIRTY != 0;
             if other & !DIRTY != value & !DIRTY {
-                self.odd(span, at, other, "a slot of a large leaf differs from its neighbours");
+                let start = Iova::new((span.start().get() >> size_lg2 << size_lg2) + ((slot - first) << item_lg2));
+                self.odd(Span::block(start, item_lg2 as u8), at, other, "a slot of a large leaf differs from its neighbours");
             }
         }
         let start = span.start().get() >> size_lg2 << size_lg2;

@@ -1,15 +1,18 @@
 //! What the three tables of one VM have in common: which memory stands behind each guest physical address, whose it is, and who is told.
 
-use crate::{Evidence, Stage2, plan};
-use addr::{Address, Gpa, OverlapError, PAGE_LG2, Page, Span, SpanError, SpanMap};
+use crate::{Evidence, Stage2, plan, switch};
+use addr::{Address, Gpa, Lg2, Oa, OverlapError, PAGE_LG2, Page, SizeSet, Span, SpanError, SpanMap};
 use backing::Backing;
-use ioas::Pages;
+use ioas::{Edit, Pages};
 use iommu::SystemRmp;
 use secure::{Pvalidate, PvalidateError, RmpSize, Validated, Vmpl};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use thiserror::Error;
+
+/// Pages of one 2 MiB entry.
+const GROUP_LG2: u8 = 9;
 
 /// One VM's guest physical space.
 pub struct Space {
@@ -131,6 +134,7 @@ impl Space {
         if !backing.pages().covers(pages) {
             return Err(SpaceError::OutOfFile { span, pages, has: backing.pages() });
         }
+        sync::fail::step("convert.slot").map_err(|_| SpaceError::OutOfMemory(span))?;
         let slot = Slot { pages: Pages::of(backing), first: pages.start() };
         let added = self.slots.write().unwrap_or_else(PoisonError::into_inner).insert(span, slot);
         added.map_err(|error| match error {
@@ -182,23 +186,55 @@ impl Space {
         })
     }
 
-    /// The guest executes PVALIDATE on one page of 4 KiB or 2 MiB.
+    /// The first page of `pages` that was leaked. Stable while the caller holds the pages.
+    pub fn first_leaked(&self, backing: &Backing, pages: Span<Page>) -> Option<Oa> {
+        if self.rmp.leaked_pages() == 0 {
+            return None;
+        }
+        self.rmp.leaked().into_iter().find(|oa| backing.page_of(*oa).is_some_and(|page| pages.contains(page)))
+    }
+
+    /// The guest executes PVALIDATE on one page of 4 KiB or 2 MiB. Where it names 4 KiB of a 2 MiB entry, the nested page fault is
+    /// handled as a host does: the entry is split, and the instruction executed again.
     ///
     /// # Errors
     /// The instruction's own, and `None` where no memslot is.
     pub fn pvalidate(&self, gpa: Gpa, size: RmpSize, validate: bool) -> Result<Validated, Option<PvalidateError>> {
         let span = Span::block(gpa, if size == RmpSize::M2 { 21 } else { 12 });
         let (backing, page) = self.page_at(span.start()).ok_or(None)?;
-        // Held, so that no conversion of the page runs meanwhile.
-        let held = backing.lock(Span::block(page, if size == RmpSize::M2 { 9 } else { 0 }).intersect(backing.pages()).ok_or(None)?);
+        // The whole group is held, so that no conversion of it runs meanwhile.
+        let group = Span::block(page, GROUP_LG2).intersect(backing.pages()).ok_or(None)?;
+        let held = backing.lock(group);
         let request = Pvalidate { asid: self.asid, vmpl: Vmpl::V0, gpa: span.start(), oa: backing.oa(page), size, validate };
-        let done = self.rmp.pvalidate(request)?;
+        let mut done = self.rmp.pvalidate(request);
+        if let Err(PvalidateError::Npf(bits)) = done
+            && bits & secure::npf::SIZEM != 0
+            && self.smash_held(&backing, group).is_ok()
+        {
+            done = self.rmp.pvalidate(request);
+        }
+        let done = done?;
         let mut validated = self.validated();
         // Without memory for the record an audit will say so; the instruction has happened.
         let _ = if validate { validated.set(span, ()) } else { validated.clear(span) };
         drop(validated);
         drop(held);
         Ok(done)
+    }
+
+    /// Splits the 2 MiB entry of `group`, which the caller holds, and its leaves, as one event for devices (design D-6).
+    pub(crate) fn smash_held(&self, backing: &Arc<Backing>, group: Span<Page>) -> Result<(), String> {
+        let pages = Pages::of(backing);
+        let mut edit = Edit::new();
+        pages.reserve(group, Lg2::K4, &mut edit).map_err(|error| error.to_string())?;
+        let oa = backing.oa(group.start());
+        self.rmp.smash_begin(oa);
+        let smashed = switch::smash(&self.rmp, oa).map_err(|code| code.to_string()).and_then(|()| {
+            self.counters.smashed.fetch_add(1, Ordering::Relaxed);
+            pages.cut(group, SizeSet::only(Lg2::K4), &mut edit).map_err(|error| error.to_string())
+        });
+        self.rmp.smash_end(oa);
+        smashed
     }
 
     /// Which runs of `span` the guest has validated.

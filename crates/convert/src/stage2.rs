@@ -1,6 +1,6 @@
 //! KVM's side of a conversion, as a trait: the link to a real VM implements it, and so does a plain record where there is no KVM.
 
-use addr::{Gpa, Span, SpanMap};
+use addr::{Gpa, OutOfMemory, Span, SpanMap};
 use std::sync::{Mutex, PoisonError};
 use thiserror::Error;
 
@@ -77,9 +77,11 @@ impl Stage2 for RecordedStage2 {
     fn freeze(&self, _spans: &[Span<Gpa>]) {}
 
     fn commit(&self, span: Span<Gpa>, private: bool) -> Result<(), Stage2Error> {
+        let refused = |_| Stage2Error { span, private, reason: "no memory for the record".into() };
+        sync::fail::step("convert.stage2").map_err(|_| refused(OutOfMemory))?;
         let mut map = self.private.lock().unwrap_or_else(PoisonError::into_inner);
         let done = if private { map.set(span, ()) } else { map.clear(span) };
-        done.map_err(|_| Stage2Error { span, private, reason: "no memory for the record".into() })
+        done.map_err(refused)
     }
 
     fn thaw(&self, _spans: &[Span<Gpa>]) {}

@@ -5,7 +5,7 @@
 //! Until the owner has changed every failure puts all back. Afterwards nothing is rolled back, because the guest may have seen it: the
 //! error says which pages are done.
 
-use crate::plan::{Fate, Held, Piece, Plan};
+use crate::plan::{self, Fate, Held, Piece, Plan};
 use crate::switch::{self, Failed};
 use crate::{Change, ConvertError, Owner, Space, Step};
 use addr::{Gpa, Lg2, Span};
@@ -194,9 +194,7 @@ impl Core<'_> {
             let held = &self.held[piece.held];
             let failed = |reason: String| ConvertError::Reserve { span: piece.gpa, reason };
             fail::step("convert.reserve").map_err(|error| failed(error.to_string()))?;
-            if piece.from == PageState::Private
-                && let Some(oa) = switch::first_leaked(&self.space.rmp, held.pages.backing(), piece.pages)
-            {
+            if let Some(oa) = self.space.first_leaked(held.pages.backing(), piece.pages) {
                 return Err(ConvertError::Leaked { span: piece.gpa, oa });
             }
             // Private leaves are as small as their entries; shared ones are as large as they get.
@@ -215,7 +213,7 @@ impl Core<'_> {
     /// Splits 2 MiB entries of which only a part leaves the guest. Entry and leaf change inside one smash, so a device that meets
     /// them of two sizes looks again instead of faulting.
     fn smash(&mut self) -> Result<(), ConvertError> {
-        let leaving = |piece: &&Piece| piece.from == PageState::Private;
+        let leaving = |piece: &&Piece| piece.from == PageState::Private && piece.to == Owner::Shared;
         let mut cleared: Vec<(usize, Span<addr::Page>)> = Vec::new();
         for piece in self.pieces.iter().filter(leaving) {
             let held = &self.held[piece.held];
@@ -250,16 +248,24 @@ impl Core<'_> {
         let mut pieces = pieces.into_iter();
         for mut piece in pieces.by_ref() {
             let backing = self.held[piece.held].pages.backing();
-            let failed = switch::switch(&self.space.rmp, backing, &piece, self.space.asid);
-            self.space.forget_validated(piece.gpa);
+            // A piece that only stage 2 did not take has its owner already.
+            let owned = piece.from == piece.to.into();
+            let failed = if owned { None } else { switch::switch(&self.space.rmp, backing, &piece, self.space.asid) };
             let Some(Failed { done, bad, oa, code }) = failed else {
+                if !owned {
+                    self.space.forget_validated(piece.gpa);
+                }
                 piece.fate = Fate::Switched;
                 self.pieces.push(piece);
                 continue;
             };
             let (done, bad, rest) = piece.split(done, bad);
             let leaks = piece.to == Owner::Shared && piece.from == PageState::Private;
-            self.pieces.extend(done.map(|done| Piece { fate: Fate::Switched, ..done }));
+            // What kept its owner keeps what the guest said about it.
+            self.pieces.extend(done.map(|done| {
+                self.space.forget_validated(done.gpa);
+                Piece { fate: Fate::Switched, ..done }
+            }));
             self.pieces.extend(rest);
             let fate = if leaks { Fate::Leaked } else { Fate::Kept };
             self.pieces.push(Piece { fate, ..bad });
@@ -295,14 +301,13 @@ impl Core<'_> {
     }
 
     fn commit(&mut self) {
+        // One span that is refused does not stop the others: what stage 2 has not been told is all that a retry can find.
         for piece in self.pieces.iter_mut().filter(|piece| piece.fate == Fate::Switched) {
             match self.space.stage2.commit(piece.gpa, piece.to == Owner::Private) {
-                Ok(()) => piece.fate = Fate::Committed,
-                Err(source) => {
-                    let error = ConvertError::Stage2 { source, done_pages: 0 };
-                    self.error.get_or_insert(error);
-                    break;
+                Err(source) if !plan::is_told(self.space, piece.gpa, piece.to) => {
+                    self.error.get_or_insert(ConvertError::Stage2 { source, done_pages: 0 });
                 }
+                _ => piece.fate = Fate::Committed,
             }
         }
         let done = self.pages_with(Fate::Committed);

@@ -92,11 +92,3 @@ pub(crate) fn leak(rmp: &SystemRmp, backing: &Backing, pages: Span<Page>) {
         }
     }
 }
-
-/// The first page of `pages` that was leaked.
-pub(crate) fn first_leaked(rmp: &SystemRmp, backing: &Backing, pages: Span<Page>) -> Option<Oa> {
-    if rmp.leaked_pages() == 0 {
-        return None;
-    }
-    rmp.leaked().into_iter().find(|oa| backing.page_of(*oa).is_some_and(|page| pages.contains(page)))
-}

@@ -14,6 +14,8 @@ impl Features {
     pub const HYPERCALL: Self = Self(1);
     /// The hypercall instruction is VMCALL, else it is VMMCALL.
     pub const VMCALL: Self = Self(2);
+    /// Devices see shared pages alone, trusted ones too: the trusted engine is asked for nothing else.
+    pub const SHARED_ONLY: Self = Self(4);
 
     /// Both.
     #[must_use]

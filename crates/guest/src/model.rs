@@ -45,6 +45,7 @@ pub struct Host {
     patience_pages: u64,
     done: Option<u64>,
     requests: u64,
+    accesses: u64,
     log_hash: u64,
 }
 
@@ -63,6 +64,7 @@ impl Host {
             patience_pages: 0,
             done: None,
             requests: 0,
+            accesses: 0,
             log_hash: 0xcbf2_9ce4_8422_2325,
         }
     }
@@ -79,9 +81,14 @@ impl Host {
         self.done
     }
 
-    /// How many requests it made: register accesses and hypercalls.
+    /// How many requests it made: register accesses, hypercalls, and entries of lists.
     pub fn requests(&self) -> u64 {
         self.requests
+    }
+
+    /// Of these, the register accesses: each is an exit of a VM.
+    pub fn accesses(&self) -> u64 {
+        self.accesses
     }
 
     /// FNV-1a over all requests, with the entries of the lists they name.
@@ -219,6 +226,7 @@ fn engine(gpa: Gpa) -> Option<(usize, u64)> {
 
 impl Platform for Host {
     fn mmio_read(&mut self, gpa: Gpa, len_bytes: u8) -> u64 {
+        self.accesses += 1;
         self.log(&[1, gpa.get(), len_bytes.into()]);
         if let Some((which, register)) = engine(gpa) {
             let engine = &self.engines[which];
@@ -241,6 +249,7 @@ impl Platform for Host {
     }
 
     fn mmio_write(&mut self, gpa: Gpa, len_bytes: u8, value: u64) {
+        self.accesses += 1;
         self.log(&[2, gpa.get(), len_bytes.into(), value]);
         if let Some((which, register)) = engine(gpa) {
             let engine = &mut self.engines[which];

@@ -67,6 +67,7 @@ global_asm!(
     r_last_error = const offset_of!(Report, last_error),
     f_hypercall = const Features::HYPERCALL.0,
     f_vmcall = const Features::VMCALL.0,
+    f_shared_only = const Features::SHARED_ONLY.0,
     private = const PageState::Private as u8,
     shared = const PageState::Shared as u8,
     mark = const MARK,

@@ -27,7 +27,9 @@ fn setup(seed: u64, rounds: u64) -> Setup {
 
 #[test]
 fn a_right_host_satisfies_it() {
-    for (seed, initial, patience) in [(1, PageState::Private, 0), (2, PageState::Shared, 0), (3, PageState::Private, 7), (4, PageState::Shared, 1)] {
+    for (seed, initial, patience) in
+        [(1, PageState::Private, 0), (2, PageState::Shared, 0), (3, PageState::Private, 7), (4, PageState::Shared, 1)]
+    {
         let (report, host) = run(Setup { initial, ..setup(seed, 5000) }, patience, |host, _| host);
         assert!(report.is_clean(), "seed {seed}: {report:?}");
         assert_eq!((report.rounds, host.done()), (5000, Some(0)), "seed {seed}");
@@ -150,7 +152,8 @@ impl Platform for Wrong {
         let status = gpa == registers::TRUSTED.plus(dma::STATUS);
         let refused = [registers::BAD_HEADER, registers::BAD_ENTRY].contains(&right);
         let psc = gpa == registers::DOORBELL.plus(bell::PSC_RESULT);
-        match { self.how } {
+        let how = self.how;
+        match how {
             How::IgnoreRefusal if self.let_through && gpa == registers::UNTRUSTED.plus(dma::STATUS) => dma::OK,
             How::RefuseTrusted if status && self.strikes() => dma::FAULTED,
             How::Busy if status && self.strikes() => dma::BUSY,
@@ -166,7 +169,8 @@ impl Platform for Wrong {
         let bar = Gpa::new(gpa.get() & !0xfff);
         let command = bar != registers::DOORBELL && gpa.get() & 0xfff == dma::CMD;
         let list = gpa == registers::DOORBELL.plus(bell::PSC);
-        match { self.how } {
+        let how = self.how;
+        match how {
             How::SkipTransfer if command && bar == registers::TRUSTED && self.strikes() => return,
             How::IgnoreRefusal if command && bar == registers::UNTRUSTED && self.strikes() => {
                 for offset in [dma::SRC, dma::DST, dma::LEN, dma::VALUE] {
@@ -183,7 +187,8 @@ impl Platform for Wrong {
                 self.memory.read(Gpa::new(value), &mut header).unwrap();
                 let entry = registers::Entry(u64::from_le_bytes(header[8..].try_into().unwrap()));
                 // One page that turns shared: only then can nothing but an untrusted transfer tell.
-                if header[2..4] == [0, 0] && entry.op() == registers::OP_SHARED && entry.cur_page() == 0 && !entry.large() && self.strikes() {
+                if header[2..4] == [0, 0] && entry.op() == registers::OP_SHARED && entry.cur_page() == 0 && !entry.large() && self.strikes()
+                {
                     self.memory.write(Gpa::new(value), &1u16.to_le_bytes()).unwrap();
                     return;
                 }
@@ -197,7 +202,8 @@ impl Platform for Wrong {
         }
         if command {
             let (dst, len, status) = (self.register(bar, dma::DST), self.register(bar, dma::LEN), self.register(bar, dma::STATUS));
-            match { self.how } {
+            let how = self.how;
+            match how {
                 How::CorruptByte if status == dma::OK && self.strikes() => self.flip(dst + len / 2),
                 How::RefuseButWrite if status == dma::FAULTED && self.strikes() => self.flip(dst),
                 How::WriteBehind if status == dma::OK && (dst + len) & 0xfff != 0 && self.strikes() => self.flip(dst + len),
@@ -269,7 +275,14 @@ fn a_conversion_that_never_was_is_found() {
     // One forgotten page of thousands may never be met again; a small work span makes sure that it is.
     let mut setup = setup(13, 3000);
     setup.layout = setup.layout.with_work_pages(16);
-    let (report, _) = run(setup, 0, |host, memory| Wrong { host, memory: memory.clone(), how: How::ForgetConversion, after: 5, times: 3, let_through: false });
+    let (report, _) = run(setup, 0, |host, memory| Wrong {
+        host,
+        memory: memory.clone(),
+        how: How::ForgetConversion,
+        after: 5,
+        times: 3,
+        let_through: false,
+    });
     assert!(report.errors > 0, "{report:?}");
 }
 

@@ -116,11 +116,11 @@ fn check_part(space: &Space, span: Span<Iova>, part: &Part, perm: Perm) -> Resul
         return Err(Error::ReadOnlyPages { span });
     }
     let align = space.align();
-    if part.len % align != 0 {
+    if !part.len.is_multiple_of(align) {
         let align_lg2 = align.trailing_zeros() as u8;
         return Err(SpanError::Misaligned { start: span.start().get(), len: part.len, align_lg2 }.into());
     }
-    if part.offset % align != 0 {
+    if !part.offset.is_multiple_of(align) {
         return Err(Error::SourceMisaligned { offset: part.offset, align });
     }
     Ok(())

@@ -89,9 +89,8 @@ impl Pages {
         let cut = if crosses { table.tables_for_cut() } else { 0 };
         let block = Span::block(iova.start(), Lg2::M2.0);
         if block.covers(iova) && block != iova {
-            // The table that a cut or a small leaf has here stays when the leaf goes.
-            let stays = crosses || table.walk(iova.start()).is_some_and(|leaf| leaf.size < Lg2::M2);
-            return cut + if stays { 0 } else { table.tables_for_map(iova) };
+            // The table that a cut makes, or that is here already, stays when the leaves go: nobody else holds all that it serves.
+            return cut + if crosses { 0 } else { tables::missing(table, iova.start()) };
         }
         let mut need = Need::new(table, iova);
         let sizes = SizeSet::ALL.up_to(finest);
@@ -151,6 +150,22 @@ impl Pages {
             let answer = area.policy.rule.leaf(&self.backing, Span::one(page), self.backing.state(page)).1;
             answer.map_or(sizes, |own| sizes.and(own))
         })
+    }
+
+    /// Cuts the leaves that answer for the borders of `pages`, and the one that is all of `pages`, into leaves of `sizes`. Hitless: nothing is
+    /// to be flushed. Tables come from the edit's reserve.
+    ///
+    /// # Errors
+    /// No table. Every translation is as before.
+    pub fn cut(&self, pages: Span<Page>, sizes: SizeSet, edit: &mut Edit) -> Result<(), Error> {
+        for (part, area) in self.read().overlapping(pages) {
+            let Some(iova) = part.intersect(pages).and_then(|part| area.iova_of(part)) else { continue };
+            for seat in area.seats().iter() {
+                let slot = edit.slot(&seat.domain);
+                slot.domain.table().cut(iova, sizes, &mut slot.stock)?;
+            }
+        }
+        Ok(())
     }
 
     /// Maps what each IOAS's rule allows for `pages`, which have no leaves, in their present states.

@@ -42,7 +42,7 @@ impl Space {
 
     /// Finds the span for `len` bytes whose source lies at `source`: a user address, or an offset in a file.
     pub(crate) fn place(&self, place: Place, len: u64, source: u64) -> Result<Span<Iova>, Error> {
-        if len == 0 || len % self.align != 0 {
+        if len == 0 || !len.is_multiple_of(self.align) {
             let start = if let Place::Fixed(at) = place { at.get() } else { 0 };
             return Err(match len {
                 0 => SpanError::Empty { start },
@@ -62,7 +62,7 @@ impl Space {
     }
 
     fn check(&self, at: Iova, len: u64) -> Result<Span<Iova>, Error> {
-        if at.get() % self.align != 0 {
+        if !at.get().is_multiple_of(self.align) {
             return Err(self.misaligned(at.get(), len).into());
         }
         let span = Span::from_len(at, len)?;
@@ -140,7 +140,7 @@ impl Space {
                 addr::OverlapError::OutOfMemory(error) => error.into(),
             })?;
         }
-        for (_, reserved) in list.iter().filter_map(|span| self.reserved.overlapping(*span).next().map(|(found, ())| (span, found))) {
+        if let Some((reserved, ())) = list.iter().find_map(|span| self.reserved.overlapping(*span).next()) {
             return Err(Error::InUse { what: "the allowed range", span: reserved });
         }
         self.allowed = allowed;
@@ -164,7 +164,9 @@ impl Space {
     /// Raises or lowers the alignment. Raising it needs every area to fit (rule 33).
     pub(crate) fn set_align(&mut self, align: u64) -> Result<(), Error> {
         if align > self.align {
-            let fits = |area: &Area| area.span().is_aligned(align.trailing_zeros() as u8) && area.offset_bytes() % PAGE_BYTES % align == 0;
+            let fits = |area: &Area| {
+                area.span().is_aligned(align.trailing_zeros() as u8) && (area.offset_bytes() % PAGE_BYTES).is_multiple_of(align)
+            };
             if let Some((span, _)) = self.areas.iter().find(|(_, area)| !fits(area)) {
                 return Err(Error::InUse { what: "the new alignment", span });
             }

@@ -2,7 +2,7 @@
 
 use addr::{Address, Iova, Lg2, Oa, SizeSet, Span};
 use iommu::IoTable;
-use pt::{AmdV1, Format, Leaf};
+use pt::{AmdV1, Entry, Format, Leaf};
 
 /// An upper bound for mapping the runs of one span, counted run by run.
 #[derive(Clone, Copy)]
@@ -50,6 +50,22 @@ impl Need {
         let growth = if self.grows { 2 * u32::from(AmdV1::MAX_LEVEL - self.top) } else { 0 };
         self.sum.saturating_add(growth).min(self.most)
     }
+}
+
+/// How many tables are missing on the way to a smallest leaf at `at`.
+pub(crate) fn missing(table: &IoTable, at: Iova) -> u32 {
+    let (mut oa, mut level) = table.root();
+    if Span::block(Iova::new(0), AmdV1::item_lg2(level + 1)).contains(at) {
+        while level > 0 {
+            let entry = table.arena().peek(oa.plus(8 * AmdV1::slot(at, level) as u64));
+            match entry.map(|entry| AmdV1::decode(entry, level)) {
+                Some(Entry::Table(below)) => (oa, level) = (below, level - 1),
+                _ => return level.into(),
+            }
+        }
+        return 0;
+    }
+    table.tables_for_map(Span::one(at))
 }
 
 /// Whether a leaf sticks out of `part` at the low end, at the high end.

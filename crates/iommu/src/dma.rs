@@ -1,6 +1,6 @@
 //! DMA: one thread's accesses for one device, descriptor by descriptor (D-2).
 
-use crate::context::{Context, Place, Refused};
+use crate::context::{Context, Refused};
 use crate::slice::DmaSlice;
 use crate::{Access, Device, Error, Fault, FaultKind, IotlbStats};
 use addr::{Address, Iova, Oa, Span};
@@ -112,37 +112,20 @@ impl Dma {
         mut copy: impl FnMut(HostAddr, usize, usize) -> Result<(), CopyFault>,
     ) -> Result<(), Fault> {
         self.check_length(iova, len, access)?;
-        // Translated already: the offset, and the place there. It ends a copy, so it never outlives a guard.
-        let mut ahead: Option<(u64, Place)> = None;
         self.chunks(len, (iova, access), |context, done, limit| {
             let at = iova.plus(done);
-            let place = match ahead.take() {
-                Some((offset, place)) if offset == done => place,
-                _ => context.resolve(at, access).map_err(|refused| context.fault(at, access, done, refused))?,
-            };
-            let mut now = limit.min(place.rest.saturating_add(1));
+            let place = context.resolve(at, access).map_err(|refused| context.fault(at, access, done, refused))?;
+            let now = limit.min(place.rest.saturating_add(1));
             let nowhere = Refused::by(FaultKind::NoHostMemory, Some(place.oa));
             let host = place.host(now).ok_or_else(|| context.fault(at, access, done, nowhere))?;
-            // Small leaves whose memory lies in a row are copied as one. What is refused is left to the next round.
-            while now < limit {
-                let Ok(next) = context.resolve(at.plus(now), access) else { break };
-                let more = (limit - now).min(next.rest.saturating_add(1));
-                if next.host(more) != Some(host.plus(now)) {
-                    ahead = Some((done + now, next));
-                    break;
-                }
-                now += more;
-            }
             linger();
             let Err(CopyFault { done: part }) = copy(host, done as usize, now as usize) else { return Ok(now) };
             let (mut part, gone) = (part as u64, first_gone(host, part as u64, now));
             if gone > part && copy(host.plus(part), (done + part) as usize, (gone - part) as usize).is_ok() {
                 part = gone;
             }
-            let at = at.plus(gone);
-            // One of the leaves in a row, not always the first.
-            let oa = context.resolve(at, access).ok().map(|place| place.oa);
-            Err(context.fault(at, access, done + part, Refused::by(FaultKind::HostMemoryGone, oa)))
+            let refused = Refused::by(FaultKind::HostMemoryGone, Some(place.oa.plus(gone)));
+            Err(context.fault(at.plus(gone), access, done + part, refused))
         })
     }
 

@@ -32,7 +32,7 @@ struct Outcome {
 
 /// Runs readers against one writer until `enough` accesses and `enough_moves` were made, or something stale was seen.
 fn run(enough: u64, enough_moves: u64, readers: u64, block_pages: u64) -> Outcome {
-    let machine = Machine::new(2 * PAGES * block_pages << 12, Frames::Contiguous);
+    let machine = Machine::new((2 * PAGES * block_pages) << 12, Frames::Contiguous);
     let bytes = block_pages << 12;
     let offset = |page: u64, colour: u64| (page * 2 + colour) * bytes;
     let at = |page: u64| BASE.plus(page * bytes);

@@ -1,7 +1,7 @@
 //! The whole of device DMA for one confidential guest, as a VMM wants it: memslots, devices, conversions, one object.
 
-use addr::{Gpa, Iova, PAGE_LG2, Page, Span};
-use backing::{Backing, PageState, Words};
+use addr::{Address, Gpa, Iova, PAGE_LG2, Page, Span};
+use backing::{Backing, HostAddr, PageState, Words};
 use convert::{AuditReport, Auditor, Change, ConvertError, Counters, Done, Policy, PolicyRule, Space, SpaceError, Stage2};
 use ioas::{Edit, Ioas, Pages, Place};
 use iommu::{Device, Iommu, SystemRmp, Trust};
@@ -65,6 +65,12 @@ pub enum Error {
     /// The guest named memory that it does not have.
     #[error("no memslot is at {0:?}")]
     NoMemory(Gpa),
+    /// The page is the guest's.
+    #[error("the page at {0:?} is not shared: the guest has to give it up first")]
+    Private(Gpa),
+    /// The page was leaked.
+    #[error("the page at {0:?} was leaked after the secure world kept it; it is never used again")]
+    Leaked(Gpa),
     /// The host's copy of guest memory failed half way.
     #[error("guest memory at {0:?} vanished: its file was truncated or punched by somebody else")]
     Vanished(Gpa),
@@ -81,6 +87,13 @@ pub struct GuestDma {
     policy: Policy,
     /// How many memslots use a backing's RMP segment.
     covered: Mutex<HashMap<backing::BackingId, (Span<addr::Oa>, usize)>>,
+}
+
+/// Which pages a host access is about.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Of {
+    Any,
+    Shared,
 }
 
 impl GuestDma {
@@ -139,7 +152,8 @@ impl GuestDma {
             return Ok(());
         }
         let window = backing.window().widen(21);
-        let words = Words::new(SystemRmp::words_for(window)).map_err(|source| Error::RmpMemory { window, source })?;
+        let words = sync::fail::step("lockstep.rmp").map_err(|error| std::io::Error::new(std::io::ErrorKind::OutOfMemory, error));
+        let words = words.and_then(|()| Words::new(SystemRmp::words_for(window))).map_err(|source| Error::RmpMemory { window, source })?;
         self.rmp().add_segment(window, words).map_err(|source| Error::Segment { window, source })?;
         covered.insert(backing.id(), (window, 1));
         Ok(())
@@ -187,17 +201,30 @@ impl GuestDma {
     /// Only shared pages go: the guest gives private ones up first.
     ///
     /// # Errors
-    /// No memory there, or the host refused.
+    /// No memory there, a private page, or the host refused. Memslots before that one are punched, the one that it is in is as it was.
     pub fn punch(&self, span: Span<Gpa>) -> Result<(), Error> {
-        self.each_part(span, |backing, pages| Ok(backing.punch(pages)?))
+        self.each_part(span, |gpa, backing, pages| {
+            let held = backing.lock(pages);
+            let private = backing.states(pages).find(|(_, state)| *state == PageState::Private);
+            if let Some((run, _)) = private {
+                return Err(Error::Private(gpa.plus(run.start().offset_from(pages.start()) << PAGE_LG2)));
+            }
+            Ok(backing.punch_held(&held, pages)?)
+        })
     }
 
     /// Absent pages of the span come back, zeroed and shared.
     ///
     /// # Errors
-    /// No memory.
+    /// No memory, or a leaked page, which never comes back.
     pub fn populate(&self, span: Span<Gpa>) -> Result<(), Error> {
-        self.each_part(span, |backing, pages| Ok(backing.populate(pages, PageState::Shared)?))
+        self.each_part(span, |gpa, backing, pages| {
+            let held = backing.lock(pages);
+            if let Some(page) = self.space.first_leaked(backing, pages).and_then(|oa| backing.page_of(oa)) {
+                return Err(Error::Leaked(gpa.plus(page.offset_from(pages.start()) << PAGE_LG2)));
+            }
+            Ok(backing.populate_held(&held, pages, PageState::Shared)?)
+        })
     }
 
     /// Joins small leaves into larger ones wherever neighbours are alike, at most `most` pages of it: a background pass that may run at any
@@ -235,7 +262,7 @@ impl GuestDma {
     /// # Errors
     /// No memory there.
     pub fn read(&self, gpa: Gpa, into: &mut [u8]) -> Result<(), Error> {
-        self.each_chunk(gpa, into.len(), |host, offset, at, len| host.read(offset, &mut into[at..at + len]).is_ok())
+        self.each_chunk(gpa, into.len(), Of::Any, |host, offset, at, len| host.read(offset, &mut into[at..at + len]).is_ok())
     }
 
     /// The host writes guest memory.
@@ -243,7 +270,17 @@ impl GuestDma {
     /// # Errors
     /// No memory there.
     pub fn write(&self, gpa: Gpa, from: &[u8]) -> Result<(), Error> {
-        self.each_chunk(gpa, from.len(), |host, offset, at, len| host.write(offset, &from[at..at + len]).is_ok())
+        self.each_chunk(gpa, from.len(), Of::Any, |host, offset, at, len| host.write(offset, &from[at..at + len]).is_ok())
+    }
+
+    /// As [`GuestDma::read`], of shared memory alone: what a host can read of a confidential guest.
+    pub(crate) fn read_shared(&self, gpa: Gpa, into: &mut [u8]) -> Result<(), Error> {
+        self.each_chunk(gpa, into.len(), Of::Shared, |host, offset, at, len| host.read(offset, &mut into[at..at + len]).is_ok())
+    }
+
+    /// As [`GuestDma::write`], to shared memory alone. Pages before a private one have been written.
+    pub(crate) fn write_shared(&self, gpa: Gpa, from: &[u8]) -> Result<(), Error> {
+        self.each_chunk(gpa, from.len(), Of::Shared, |host, offset, at, len| host.write(offset, &from[at..at + len]).is_ok())
     }
 
     /// Whether the page at `gpa` is there and the host's.
@@ -251,7 +288,7 @@ impl GuestDma {
         self.space.page_at(gpa).is_some_and(|(backing, page)| backing.state(page) == PageState::Shared)
     }
 
-    fn each_part(&self, span: Span<Gpa>, mut act: impl FnMut(&Arc<Backing>, Span<Page>) -> Result<(), Error>) -> Result<(), Error> {
+    fn each_part(&self, span: Span<Gpa>, mut act: impl FnMut(Gpa, &Arc<Backing>, Span<Page>) -> Result<(), Error>) -> Result<(), Error> {
         span.check_aligned(PAGE_LG2).map_err(SpaceError::from)?;
         let mut at = Some(span.start());
         while let Some(gpa) = at {
@@ -259,17 +296,22 @@ impl GuestDma {
             let (slot, backing, first) = slots.iter().find(|(slot, ..)| slot.contains(gpa)).ok_or(Error::NoMemory(gpa))?;
             let last = slot.last().min(span.last());
             let page = |gpa: Gpa| Page::new(first.get() + ((gpa.get() - slot.start().get()) >> PAGE_LG2));
-            act(backing, Span::of(page(gpa), page(last)))?;
+            act(gpa, backing, Span::of(page(gpa), page(last)))?;
             at = (last < span.last()).then(|| Gpa::new(last.get() + 1));
         }
         Ok(())
     }
 
-    fn each_chunk(&self, gpa: Gpa, len: usize, mut act: impl FnMut(backing::HostAddr, u64, usize, usize) -> bool) -> Result<(), Error> {
+    /// Page by page. Where only shared ones will do each is held, so that it does not turn private under the host's hands.
+    fn each_chunk(&self, gpa: Gpa, len: usize, of: Of, mut act: impl FnMut(HostAddr, u64, usize, usize) -> bool) -> Result<(), Error> {
         let Ok(span) = Span::from_len(gpa, len as u64) else { return if len == 0 { Ok(()) } else { Err(Error::NoMemory(gpa)) } };
         for chunk in span.blocks(PAGE_LG2) {
             let (backing, page) = self.space.page_at(chunk.start()).ok_or(Error::NoMemory(chunk.start()))?;
             let host = backing.host(backing.oa(page), addr::PAGE_BYTES).ok_or(Error::NoMemory(chunk.start()))?;
+            let _held = (of == Of::Shared).then(|| backing.lock(Span::one(page)));
+            if of == Of::Shared && backing.state(page) != PageState::Shared {
+                return Err(Error::Private(chunk.start()));
+            }
             let at = (chunk.start().get() - gpa.get()) as usize;
             if !act(host, chunk.start().get() % addr::PAGE_BYTES, at, chunk.len() as usize) {
                 return Err(Error::Vanished(chunk.start()));

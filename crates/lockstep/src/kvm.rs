@@ -73,7 +73,8 @@ impl Memory {
     /// When the span is not whole pages, or the kernel will not map it.
     pub fn of_file(file: BorrowedFd<'_>, offset: u64, len_bytes: u64) -> Result<Self, KvmError> {
         let part = slots::aligned("a mapping of a file", addr::Page::new(offset), len_bytes)?;
-        let mapping = Mapping::new(file, part.start().get(), len_bytes).map_err(|error| KvmError::os("mapping a guest's memory file", error))?;
+        let mapping =
+            Mapping::new(file, part.start().get(), len_bytes).map_err(|error| KvmError::os("mapping a guest's memory file", error))?;
         Ok(Self { hva: Hva::new(mapping.base as u64), len_bytes, _owner: Arc::new(mapping) })
     }
 
@@ -173,7 +174,10 @@ impl Vm {
             return Err(KvmError::Missing { what: "guest_memfd", hint: "Linux 6.8 and later have it; use a memfd" });
         }
         if !self.caps().memfd_flags.has(flags) {
-            return Err(KvmError::Missing { what: "a guest_memfd with these flags", hint: "MMAP and INIT_SHARED came with Linux 6.18; use a memfd" });
+            return Err(KvmError::Missing {
+                what: "a guest_memfd with these flags",
+                hint: "MMAP and INIT_SHARED came with Linux 6.18; use a memfd",
+            });
         }
         let wanted = kvm_create_guest_memfd { size: len_bytes, flags: flags.bits(), ..Default::default() };
         let fd = self.inner.fd.create_guest_memfd(wanted).map_err(|error| KvmError::at("creating a guest_memfd", error))?;
@@ -295,6 +299,11 @@ impl Vm {
         lock(&self.inner.attributes).is_private(gpa)
     }
 
+    /// The runs of `span`, each with whether it is private.
+    pub fn private_runs(&self, span: Span<Gpa>) -> Vec<(Span<Gpa>, bool)> {
+        lock(&self.inner.attributes).runs(span)
+    }
+
     /// All private spans, by address; everything else is shared.
     pub fn private_spans(&self) -> Vec<Span<Gpa>> {
         lock(&self.inner.attributes).list()
@@ -311,7 +320,14 @@ impl Vm {
         // SAFETY: the descriptor is open.
         let run = RunPage::new(unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) });
         let run = run.map_err(|error| KvmError::os("mapping a vCPU's run page", error))?;
-        Ok(Vcpu { fd, shared: Arc::new(Shared::new(run)), awaiting: Awaiting::Nothing, counts: ExitCounts::default(), kicked: false, _vm: self.inner.clone() })
+        Ok(Vcpu {
+            fd,
+            shared: Arc::new(Shared::new(run)),
+            awaiting: Awaiting::Nothing,
+            counts: ExitCounts::default(),
+            kicked: false,
+            _vm: self.inner.clone(),
+        })
     }
 
     /// The file descriptor, for ioctls that the link does not know.
@@ -496,4 +512,65 @@ fn unblock_signal(signal: i32) {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Every change under these locks is complete or has not begun when something can panic.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    struct Owner(Arc<AtomicBool>, Mapping);
+
+    impl Drop for Owner {
+        fn drop(&mut self) {
+            assert!(self.1.len > 0);
+            self.0.store(true, Ordering::SeqCst);
+        }
+    }
+
+    #[test]
+    fn a_slot_keeps_its_memory_and_gives_it_back() {
+        let vm = match Vm::new() {
+            Ok(vm) => vm,
+            Err(error) => return println!("skipped: {error}"),
+        };
+        let file = rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&file, 0x1000).unwrap();
+        let gone = Arc::new(AtomicBool::new(false));
+        let mapping = Mapping::new(file.as_fd(), 0, 0x1000).unwrap();
+        let hva = Hva::new(mapping.base as u64);
+        // SAFETY: the owner holds a mapping of these bytes, and nobody has a reference into it.
+        let memory = unsafe { Memory::new(hva, 0x1000, Arc::new(Owner(gone.clone(), mapping))) };
+        let span = vm.set_memslot(3, Gpa::new(0x1000_0000), memory.clone(), SlotOptions::default()).unwrap();
+        assert!(vm.set_memslot(4, span.start(), memory, SlotOptions::default()).is_err());
+        assert!(!gone.load(Ordering::SeqCst));
+        assert_eq!(vm.remove_memslot(3).unwrap(), span);
+        assert!(gone.load(Ordering::SeqCst));
+        // The number and the place are free again.
+        let again = Memory::of_file(file.as_fd(), 0, 0x1000).unwrap();
+        vm.set_memslot(3, span.start(), again, SlotOptions::default()).unwrap();
+    }
+
+    #[test]
+    fn the_process_keeps_its_signal_handlers() {
+        extern "C" fn own(_signal: i32) {}
+        let handler = |signal: i32| {
+            // SAFETY: only asks.
+            unsafe {
+                let mut old: libc::sigaction = std::mem::zeroed();
+                assert_eq!(libc::sigaction(signal, ptr::null(), &raw mut old), 0);
+                old.sa_sigaction
+            }
+        };
+        let taken = (libc::SIGRTMIN()..=libc::SIGRTMAX()).rev().find(|signal| handler(*signal) == libc::SIG_DFL).unwrap();
+        let own = own as extern "C" fn(i32) as usize;
+        // SAFETY: the handler does nothing.
+        unsafe { libc::signal(taken, own) };
+        let claimed = claim_signal().unwrap();
+        assert_ne!(claimed, taken);
+        assert_eq!(handler(taken), own);
+        let next = claim_signal().unwrap();
+        assert!(next != claimed && next != taken);
+    }
 }

@@ -8,9 +8,12 @@
 //! the RMP and trusted DMA are modelled, because no user program can have them.
 
 mod guest_dma;
+pub mod kvm;
 mod requests;
+mod stage2;
 
 pub use convert::{AuditReport, Change, ConvertError, Difference, Owner, Policy, RecordedStage2, Stage2};
 pub use guest_dma::{Config, Error, GuestDma};
 pub use iommu::{Device, Dma, EngineDevice, Fault, Tdisp, Trust};
 pub use requests::NO_UPDATE;
+pub use stage2::KvmStage2;

@@ -24,8 +24,8 @@ const PVALIDATE_FAULT: u64 = 0x100 << 32;
 pub const NO_UPDATE: u64 = 255;
 
 impl GuestDma {
-    /// Serves the page state change request whose buffer is at `gpa`. Answers SW_EXITINFO2: 0 when every entry is done; the buffer's progress
-    /// is written back in any case.
+    /// Serves the page state change request whose buffer is at `gpa`. Answers SW_EXITINFO2: 0 when every entry is done. Progress is
+    /// written back, unless the request made the buffer itself private: that is answered as a bad buffer.
     ///
     /// A bad request changes nothing.
     pub fn page_state_change(&self, gpa: Gpa) -> u64 {
@@ -47,7 +47,7 @@ impl GuestDma {
                 PscError::Failed { index: buffer.header.cur_entry }.exit_info2()
             }
         };
-        self.write(gpa, buffer.header.as_bytes()).map_err(|_| BAD_BUFFER)?;
+        self.write_shared(gpa, buffer.header.as_bytes()).map_err(|_| BAD_BUFFER)?;
         Ok(answer)
     }
 
@@ -63,7 +63,7 @@ impl GuestDma {
             }
             buffer.header.cur_entry = index + 1;
         }
-        self.write(gpa, buffer.header.as_bytes()).map_err(|_| BAD_BUFFER)?;
+        self.write_shared(gpa, buffer.header.as_bytes()).map_err(|_| BAD_BUFFER)?;
         Ok(answer)
     }
 
@@ -92,13 +92,11 @@ impl GuestDma {
     }
 
     fn buffer(&self, gpa: Gpa) -> Result<Buffer, u64> {
-        let len = size_of::<Buffer>() as u64;
-        let span = Span::from_len(gpa, len).map_err(|_| BAD_BUFFER)?;
-        if !gpa.is_aligned(3) || !span.blocks(PAGE_LG2).all(|page| self.is_shared(page.start())) {
+        if !gpa.is_aligned(3) {
             return Err(BAD_BUFFER);
         }
         let mut buffer = Buffer { header: Header::default(), entries: [Entry(0); MAX_ENTRIES] };
-        self.read(gpa, buffer.as_mut_bytes()).map_err(|_| BAD_BUFFER)?;
+        self.read_shared(gpa, buffer.as_mut_bytes()).map_err(|_| BAD_BUFFER)?;
         Ok(buffer)
     }
 
@@ -115,20 +113,29 @@ impl GuestDma {
         let mut answer = 0;
         for index in buffer.header.cur_entry..=buffer.header.end_entry {
             let entry = buffer.entries[usize::from(index)];
-            let size = if entry.huge() { RmpSize::M2 } else { RmpSize::K4 };
-            answer = match self.space().pvalidate(entry.gpa(), size, entry.op() == psc::OP_PRIVATE) {
-                Ok(done) if done.changed => 0,
-                Ok(_) => NO_UPDATE,
-                Err(Some(PvalidateError::Fail(code))) => code_number(code),
-                Err(_) => PVALIDATE_FAULT,
+            answer = match entry.op() {
+                psc::OP_PRIVATE => self.pvalidate_one(entry, true),
+                psc::OP_SHARED => self.pvalidate_one(entry, false),
+                // As in a page state change.
+                _ => 0,
             };
             if answer != 0 {
                 break;
             }
             buffer.header.cur_entry = index + 1;
         }
-        self.write(gpa, buffer.header.as_bytes()).map_err(|_| BAD_BUFFER)?;
+        self.write_shared(gpa, buffer.header.as_bytes()).map_err(|_| BAD_BUFFER)?;
         Ok(answer)
+    }
+
+    fn pvalidate_one(&self, entry: Entry, validate: bool) -> u64 {
+        let size = if entry.huge() { RmpSize::M2 } else { RmpSize::K4 };
+        match self.space().pvalidate(entry.gpa(), size, validate) {
+            Ok(done) if done.changed => 0,
+            Ok(_) => NO_UPDATE,
+            Err(Some(PvalidateError::Fail(code))) => code_number(code),
+            Err(_) => PVALIDATE_FAULT,
+        }
     }
 
     /// KVM_HC_MAP_GPA_RANGE, and a KVM_EXIT_MEMORY_FAULT, both come down to this: the guest wants a span to be private or shared.

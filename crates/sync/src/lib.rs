@@ -12,9 +12,9 @@
 #![cfg_attr(not(feature = "std"), no_std)]
 
 pub mod fail;
-pub mod pause;
 #[cfg(feature = "std")]
 mod guards;
+pub mod pause;
 #[cfg(feature = "std")]
 pub mod rank;
 #[cfg(feature = "std")]

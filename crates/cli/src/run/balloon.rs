@@ -2,6 +2,7 @@
 //! no late write brings it back.
 
 use crate::run::checks::{Checks, Detector, add};
+use crate::run::load::pace;
 use addr::{Address, Gpa, Iova, PAGE_LG2, Span};
 use lockstep::{Dma, GuestDma};
 use std::sync::Arc;
@@ -73,6 +74,7 @@ impl Balloon {
     /// DMA to all pages of the balloon, whether they are there or not. While one is away, nothing may get through.
     pub(crate) fn press(&self, mut device: Dma, seed: u64) {
         let mut random = fastrand::Rng::with_seed(seed);
+        let mut turns = 0;
         while !self.checks.stopped() {
             let index = random.u64(..PAGES);
             let page = self.page(index);
@@ -84,6 +86,7 @@ impl Balloon {
             }
             add(&self.checks.bytes_moved, if done.is_ok() { 8 } else { 0 });
             add(&self.checks.dma_checks, 1);
+            pace(&mut turns, 64);
         }
     }
 

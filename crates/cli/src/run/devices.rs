@@ -5,7 +5,7 @@ use addr::Gpa;
 use guest::Platform;
 use guest::registers::{self, bell};
 use iommu::engine::{reg, status};
-use lockstep::{EngineDevice, GuestDma};
+use lockstep::{ConvertError, EngineDevice, GuestDma};
 use std::sync::Arc;
 
 /// What guest accesses lead to.
@@ -23,6 +23,11 @@ pub(crate) struct Devices {
 impl Devices {
     pub(crate) fn new(dma: &Arc<GuestDma>, checks: &Arc<Checks>, trusted: EngineDevice, untrusted: EngineDevice) -> Self {
         Self { dma: Arc::clone(dma), checks: Arc::clone(checks), trusted, untrusted, psc_result: 0, pvalidate_result: 0, done: None }
+    }
+
+    /// The guest touched memory as private or shared, and it was the other.
+    pub(crate) fn implicit(&self, gpa: Gpa, pages: u64, private: bool) -> Result<(), ConvertError> {
+        self.dma.map_gpa_range(gpa, pages, private)
     }
 
     fn engine(&mut self, gpa: Gpa) -> Option<(&mut EngineDevice, u64)> {

@@ -7,6 +7,7 @@ use lockstep::{Change, Dma, GuestDma, Owner, Policy};
 use secure::RmpSize;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 
 /// What private pages of the host's region hold, and nothing else ever does.
 const SECRET: u64 = 0x5345_4352_4554_2021;
@@ -46,8 +47,9 @@ impl Region {
                 (block.plus(random.u64(..=BLOCK_PAGES - pages) << PAGE_LG2), pages << PAGE_LG2)
             };
             let Ok(span) = Span::from_len(at, len) else { return };
-            // The odd blocks inside a 2 MiB block stay shared, unless all of it is taken: then their DMA pauses.
-            let Some(pause) = self.quiet(span) else { continue };
+            if !self.may_take(span) {
+                continue;
+            }
             self.to_private(span, &mut device);
             if len == HUGE_BYTES {
                 let part = at.plus(random.u64(..512) << PAGE_LG2);
@@ -56,14 +58,13 @@ impl Region {
                 }
             }
             self.to_shared(span, &mut device);
-            drop(pause);
         }
     }
 
     /// 2 MiB conversions take the region's second half alone, where no steady DMA is.
-    fn quiet(&self, span: Span<Gpa>) -> Option<()> {
+    fn may_take(&self, span: Span<Gpa>) -> bool {
         let half = self.span.start().plus((self.span.len() / 2).next_multiple_of(HUGE_BYTES));
-        (span.len() < HUGE_BYTES || span.start() >= half).then_some(())
+        span.len() < HUGE_BYTES || span.start() >= half
     }
 
     fn to_private(&self, span: Span<Gpa>, device: &mut Dma) {
@@ -124,6 +125,7 @@ impl Region {
         let mut random = fastrand::Rng::with_seed(seed);
         let mut bytes = vec![0; BLOCK_BYTES as usize];
         let mut wrote = vec![0u8; BLOCK_BYTES as usize];
+        let mut turns = 0;
         while !self.checks.stopped() {
             let block = self.block(random.u64(..(self.blocks() / 4).max(1)) * 2 + 1);
             let len = 1 << random.u32(3..17);
@@ -135,6 +137,7 @@ impl Region {
             self.must(got.is_ok() && bytes[..len] == wrote[..len], block, "DMA to a page that nobody converted reads something else than it wrote");
             add(&self.checks.bytes_moved, 2 * len as u64);
             add(&self.checks.dma_checks, 2);
+            pace(&mut turns, 32);
         }
     }
 
@@ -142,6 +145,7 @@ impl Region {
     pub(crate) fn probe(&self, mut device: Dma, all: Span<Gpa>, refused: &AtomicU64, seed: u64) {
         let mut random = fastrand::Rng::with_seed(seed);
         let pages = |span: Span<Gpa>| span.len() >> PAGE_LG2;
+        let mut turns = 0;
         while !self.checks.stopped() {
             let within = if random.bool() { self.span } else { all };
             let page = within.start().plus(random.u64(..pages(within)) << PAGE_LG2);
@@ -152,6 +156,7 @@ impl Region {
             }
             add(&self.checks.bytes_moved, 8);
             add(&self.checks.dma_checks, 1);
+            pace(&mut turns, 256);
         }
     }
 
@@ -159,5 +164,15 @@ impl Region {
         if !right && !self.checks.stopped() {
             self.checks.find_at(&self.dma, Detector::DmaCheck, at, "I-13", what);
         }
+    }
+}
+
+/// Lets others have the processor after every `burst` turns: a run has more threads than a small host has processors, and a conversion waits for every
+/// guard that is open, also for one whose thread does not run.
+pub(crate) fn pace(turns: &mut u32, burst: u32) {
+    *turns += 1;
+    if *turns == burst {
+        *turns = 0;
+        std::thread::sleep(Duration::from_micros(100));
     }
 }

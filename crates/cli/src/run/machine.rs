@@ -8,7 +8,7 @@ use crate::run::{balloon, guest_findings};
 use addr::{Gpa, PAGE_BYTES, Span};
 use backing::{Backing, PageState};
 use guest::{Layout, Report, Setup};
-use lockstep::{Config, Device, EngineDevice, GuestDma, RecordedStage2, Stage2, Tdisp, Trust};
+use lockstep::{Config, Device, EngineDevice, GuestDma, Policy, RecordedStage2, Stage2, Tdisp, Trust};
 use std::sync::Arc;
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -86,7 +86,10 @@ impl Machine {
         let trusted = dma.add_device("trusted", run)?;
         let untrusted = dma.add_device("untrusted", Trust::Untrusted)?;
         watch_transitions(&dma, checks);
-        let features = kvm.as_ref().map_or(guest::Features::HYPERCALL, KvmGuest::features);
+        let mut features = kvm.as_ref().map_or(guest::Features::HYPERCALL, KvmGuest::features);
+        if options.policy == Policy::SharedOnly {
+            features = features.and(guest::Features::SHARED_ONLY);
+        }
         let setup = Setup { layout, seed: options.seed, features, initial: guest::PageState::Shared, max_rounds: u64::MAX };
         setup.load(|gpa, bytes| dma.write(gpa, bytes))?;
         Ok(Self { dma, backing, trusted, untrusted, plan, kvm, setup, notes })

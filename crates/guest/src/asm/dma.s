@@ -17,6 +17,9 @@
     mov ecx, {shared}
     cmovb edi, ecx
     xor esi, esi                        # to any page
+    test qword ptr [r13 + {p_features}], {f_shared_only}
+    cmovnz edi, ecx                     # where devices see shared pages alone, it keeps to those
+    cmovnz esi, ecx
     call .Lguest_plan
     jc .Lguest_dma_out
     mov rbx, [r13 + {p_trusted}]

@@ -18,10 +18,10 @@
     cmp eax, 1
     jb .Lguest_bad_request              # 1 in 16
     je .Lguest_one_by_hypercall         # 1 in 16, where there are hypercalls
-    cmp eax, 12
-    jae .Lguest_block                   # 4 in 16
+    cmp eax, 13
+    jae .Lguest_block                   # 3 in 16
     cmp eax, 7
-    jae .Lguest_consecutive             # 5 in 16, else pages at random
+    jae .Lguest_consecutive             # 6 in 16, else pages at random
 
 .Lguest_scattered:
     call .Lguest_batch_size
@@ -60,21 +60,23 @@
     call .Lguest_below
     shl rax, 9
     push rax                            # [rsp + 8] = the block's first page
-    push 0                              # [rsp] = index in the block
-3:  call .Lguest_states
+    push 512                            # [rsp] = pages of the block that are still to be looked at
+3:  mov rcx, [rsp]
+    test ecx, ecx
+    jz 5f
+    call .Lguest_states
     add rax, [rsp + 8]
-    movzx ecx, byte ptr [rax]
-    and ecx, {mark} - 1                 # the first page of the block may not carry a mark, for it never differs from itself
-    add rax, [rsp]
-    cmp [rax], cl
-    je 4f
-    mov rdi, [rsp + 8]
-    add rdi, [rsp]
-    call .Lguest_add
-4:  inc qword ptr [rsp]
-    cmp ebx, {max_entries}
+    lea rdi, [rax + 512]
+    sub rdi, rcx
+    mov al, [rax]
+    repe scasb                          # one instruction, so quick to emulate
     je 5f
-    cmp qword ptr [rsp], 512
+    mov [rsp], rcx                      # those behind the one that differs
+    mov rdi, [rsp + 8]
+    add rdi, 511
+    sub rdi, rcx
+    call .Lguest_add
+    cmp ebx, {max_entries}
     jb 3b
 5:  pop rax
     pop rdi
@@ -131,14 +133,14 @@
     mov word ptr [rbp], 1               # what a doorbell would have done to the list
     jmp .Lguest_sent
 
-# rax = size of a batch: mostly 1 to 8, 1 in 8 times anything up to a full one, 1 in 16 times full.
+# rax = size of a batch: mostly 1 to 8, 1 in 16 times anything up to a full one, 1 in 64 times full.
 .Lguest_batch_size:
-    mov edi, 16
+    mov edi, 64
     call .Lguest_below
     mov edi, {max_entries}
     cmp eax, 1
     jb 4f
-    cmp eax, 3
+    cmp eax, 5
     jb 3f
     mov edi, 8
 3:  call .Lguest_below

@@ -33,6 +33,11 @@ impl Attributes {
         self.0.get(gpa).is_some()
     }
 
+    /// The runs of `span`, each with whether it is private.
+    pub(super) fn runs(&self, span: Span<Gpa>) -> Vec<(Span<Gpa>, bool)> {
+        self.0.runs(span).map(|(run, private)| (run, private.is_some())).collect()
+    }
+
     pub(super) fn list(&self) -> Vec<Span<Gpa>> {
         self.0.iter().map(|(span, ())| span).collect()
     }

@@ -1,7 +1,9 @@
 //! What this host's KVM offers, as far as the link makes use of it.
 #![forbid(unsafe_code)]
 
-use kvm_bindings::{KVM_CAP_EXIT_HYPERCALL, KVM_CAP_GUEST_MEMFD, KVM_CAP_MEMORY_ATTRIBUTES, KVM_CAP_MEMORY_FAULT_INFO, KVM_CAP_USER_MEMORY2};
+use kvm_bindings::{
+    KVM_CAP_EXIT_HYPERCALL, KVM_CAP_GUEST_MEMFD, KVM_CAP_MEMORY_ATTRIBUTES, KVM_CAP_MEMORY_FAULT_INFO, KVM_CAP_USER_MEMORY2,
+};
 use kvm_ioctls::{Cap, VmFd};
 use std::ops::BitOr;
 

@@ -3,7 +3,7 @@
 //! KVM's stage 2 cannot be read from outside (design D-11). A table in an audit that was compared in this way is labelled *probed*.
 #![forbid(unsafe_code)]
 
-use super::{Exit, KvmError, Kick, Start, Vcpu, Vm, Writer};
+use super::{Exit, Kick, KvmError, Start, Vcpu, Vm, Writer};
 use addr::{Gpa, PAGE_BYTES, Span};
 
 /// Asks for an address, reads there, tells what it found, for ever:

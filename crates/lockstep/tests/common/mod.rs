@@ -82,7 +82,9 @@ impl Guest {
         }
         for (gpa, _, _) in self.dma.space().slots() {
             writeln!(out, "slot {gpa:?} {:?}", self.dma.space().stage2().runs(gpa)).unwrap();
+            writeln!(out, "validated {:?}", self.dma.space().validated_runs(gpa)).unwrap();
         }
+        writeln!(out, "segments {:?}, {} assigned, leaked {:?}", self.dma.rmp().segments(), self.dma.rmp().assigned_pages(), self.dma.rmp().leaked()).unwrap();
         let counters = convert::Counters { failed: 0, ..self.dma.counters() };
         writeln!(out, "{counters:?}").unwrap();
         out
