@@ -4,7 +4,7 @@
 //! cannot be read by anyone outside KVM, so what was recorded there is used, and every answer says so (design D-11). An audit holds the pages it looks at, 16 MiB
 //! at a time, so it may run while devices, vCPUs and conversions do.
 
-use crate::raw_walk::{RawLeaf, RawTree, read_tree};
+use crate::raw_walk::{RawLeaf, RawOddity, RawTree, read_tree};
 use crate::{Evidence, Space, Transition};
 use addr::{Address, Gpa, Iova, Lg2, Oa, PAGE_LG2, Page, SizeSet, Span};
 use backing::{Backing, PageState};
@@ -159,9 +159,20 @@ impl<'a> Auditor<'a> {
         report
     }
 
-    /// Pages in transition have no leaf in any domain (I-7).
+    /// The check for [`Space::on_transition`]: pages in transition have no leaf in any domain (I-7), and when the conversion is done all three
+    /// tables agree about them.
     pub fn check_transition(&self, transition: &Transition<'_>) -> AuditReport {
         let mut report = AuditReport::default();
+        if transition.done {
+            for (_, pages, span) in transition.pages {
+                for area in pages.areas_over(*span) {
+                    if let Some(part) = span.intersect(area.page_span()) {
+                        self.look_at(&area, part, &mut report);
+                    }
+                }
+            }
+            return report;
+        }
         for (_, pages, span) in transition.pages {
             for area in pages.areas_over(*span) {
                 let Some(part) = iova_of(&area, *span) else { continue };
@@ -178,8 +189,13 @@ impl<'a> Auditor<'a> {
     }
 
     fn audit_pages(&self, area: &Area, pages: Span<Page>, report: &mut AuditReport) {
+        let _held = area.backing().lock(pages);
+        self.look_at(area, pages, report);
+    }
+
+    /// Some pages of an area, which somebody holds.
+    fn look_at(&self, area: &Area, pages: Span<Page>, report: &mut AuditReport) {
         let backing = Arc::clone(area.backing());
-        let _held = backing.lock(pages);
         let Some(part) = iova_of(area, pages) else { return };
         let mut expected = Vec::new();
         area.expected(pages, |iova, oa, sizes| expected.push(Expected { iova, oa, sizes }));
@@ -480,7 +496,12 @@ fn describe_leaf(leaf: &RawLeaf) -> String {
 fn read(domain: &Domain, within: Span<Iova>) -> RawTree {
     let (root, level) = domain.table().root();
     let arena = domain.table().arena();
-    read_tree(&|at| arena.peek(at), root, level + 1, within)
+    let mut tree = read_tree(&|at| arena.peek(at), root, level + 1, within);
+    // A pointer may lead to a table that looks right and is free.
+    for &(at, span) in tree.places.iter().filter(|(at, _)| !arena.is_taken(*at)) {
+        tree.oddities.push(RawOddity { span: span.intersect(within).unwrap_or(span), at, value: 0, why: "a table that is in use and free" });
+    }
+    tree
 }
 
 /// Where an area shows pages.

@@ -40,6 +40,8 @@ pub struct RawTree {
     pub oddities: Vec<RawOddity>,
     /// Tables seen.
     pub tables: u64,
+    /// Where they lie, and what each translates.
+    pub places: Vec<(Oa, Span<Iova>)>,
 }
 
 const ENTRIES: u64 = 512;
@@ -69,6 +71,7 @@ impl Walk<'_> {
         let item = 1u64 << item_lg2;
         let low = (self.within.start().get().max(first_iova) - first_iova) / item;
         let last_iova = (u128::from(first_iova) + u128::from(item) * u128::from(entries) - 1) as u64;
+        self.tree.places.push((table, Span::of(Iova::new(first_iova), Iova::new(last_iova))));
         let high = (self.within.last().get().min(last_iova) - first_iova) / item;
         let mut index = low;
         while index <= high {
@@ -138,18 +141,20 @@ impl Walk<'_> {
         const DIRTY: u64 = 1 << 6;
         let slots = 1u64 << (size_lg2 - item_lg2);
         let first = index / slots * slots;
-        let mut dirty = false;
+        let whole = Span::block(span.start(), size_lg2 as u8);
+        let (mut dirty, mut odd) = (false, None);
         for slot in first..first + slots {
             let at = Oa::new(table.get() + 8 * slot);
             let other = (self.word)(at).unwrap_or(0);
             dirty |= other & DIRTY != 0;
             if other & !DIRTY != value & !DIRTY {
-                let start = Iova::new((span.start().get() >> size_lg2 << size_lg2) + ((slot - first) << item_lg2));
-                self.odd(Span::block(start, item_lg2 as u8), at, other, "a slot of a large leaf differs from its neighbours");
+                odd = odd.or(Some((at, other)));
             }
         }
-        let start = span.start().get() >> size_lg2 << size_lg2;
-        let whole = Span::of(Iova::new(start), Iova::new(start + ((1u64 << size_lg2) - 1)));
+        if let Some((at, other)) = odd {
+            // Which of them is wrong nobody knows: the leaf is.
+            self.odd(whole, at, other, "a slot of a large leaf differs from the first");
+        }
         let oa = Oa::new((value & 0x000f_ffff_ffff_f000) >> size_lg2 << size_lg2);
         self.leaf(RawLeaf { span: whole, oa, read: rights.0, write: rights.1, dirty });
         first + slots - index

@@ -43,9 +43,11 @@ impl Slot {
 /// Called with pages in transition: detached everywhere, their owner just changed, nothing mapped yet (I-7).
 pub(crate) type Watch = dyn Fn(&Transition<'_>) + Send + Sync;
 
-/// Pages that belong to nobody's table at this moment.
+/// Pages that a conversion holds: in nobody's table at this moment, or, at its end, in all of them.
 #[derive(Debug)]
 pub struct Transition<'a> {
+    /// Everything is done but the acknowledgement.
+    pub done: bool,
     /// The guest's addresses, and the pages behind them.
     pub pages: &'a [(Span<Gpa>, Arc<Pages>, Span<Page>)],
 }
@@ -205,6 +207,10 @@ impl Space {
         // The whole group is held, so that no conversion of it runs meanwhile.
         let group = Span::block(page, GROUP_LG2).intersect(backing.pages()).ok_or(None)?;
         let held = backing.lock(group);
+        if size == RmpSize::M2 && !backing.oa(page).is_aligned(Lg2::M2.0) {
+            // Such a page is mapped by 4 KiB and has small entries, so that is what the instruction would meet.
+            return Err(Some(PvalidateError::Fail(secure::Code::FailSizeMismatch)));
+        }
         let request = Pvalidate { asid: self.asid, vmpl: Vmpl::V0, gpa: span.start(), oa: backing.oa(page), size, validate };
         let mut done = self.rmp.pvalidate(request);
         if let Err(PvalidateError::Npf(bits)) = done
@@ -251,16 +257,16 @@ impl Space {
         self.validated.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Calls `watch` in every conversion, while its pages are in transition. For audits; it must not convert.
+    /// Calls `watch` twice in every conversion, with its pages held: in transition, and done. For audits; it must not convert or lock pages.
     pub fn on_transition(&self, watch: impl Fn(&Transition<'_>) + Send + Sync + 'static) {
         *self.watch.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(watch));
     }
 
-    pub(crate) fn show_transition(&self, pieces: &[plan::Piece], held: &[plan::Held<'_>]) {
+    pub(crate) fn show_transition(&self, done: bool, pieces: &[plan::Piece], held: &[plan::Held<'_>]) {
         let watch = self.watch.read().unwrap_or_else(PoisonError::into_inner).clone();
         if let Some(watch) = watch {
             let pages: Vec<_> = pieces.iter().map(|piece| (piece.gpa, Arc::clone(held[piece.held].pages), piece.pages)).collect();
-            watch(&Transition { pages: &pages });
+            watch(&Transition { done, pages: &pages });
         }
     }
 

@@ -156,7 +156,7 @@ impl<'a> Conversion<'a, Detached> {
             self.core.occupied = true;
         }
         self.core.switch();
-        self.core.space.show_transition(&self.core.pieces, &self.core.held);
+        self.core.space.show_transition(false, &self.core.pieces, &self.core.held);
         self.next()
     }
 }
@@ -183,6 +183,7 @@ impl<'a> Conversion<'a, Committed> {
 impl Conversion<'_, Attached> {
     /// Lets vCPUs in again, and answers: the acknowledgement comes last.
     fn thaw(mut self) -> Result<Done, ConvertError> {
+        self.core.space.show_transition(true, &self.core.pieces, &self.core.held);
         self.core.thaw();
         self.core.count()
     }

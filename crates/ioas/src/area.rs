@@ -39,16 +39,16 @@ impl Policy {
 #[derive(Debug)]
 pub(crate) struct Seat {
     pub(crate) domain: Arc<Domain>,
-    /// Set before a detach goes through the areas: from then on no leaf is installed, so one flush at the end is enough.
-    pub(crate) leaving: AtomicBool,
+    /// A detach has been here: the area's leaves are out of the domain, and none is installed any more, so one flush at the end is enough.
+    pub(crate) leaving: bool,
     /// What its format cannot translate.
     pub(crate) outside: Vec<Reservation>,
 }
 
 impl Seat {
-    /// Whether a detach goes through the areas. Its table may then go away under anyone who does not hold the area's pages since before.
+    /// Whether a detach has taken the area's leaves out. The table may go away at any moment, whoever holds the area's pages.
     pub(crate) fn is_leaving(&self) -> bool {
-        self.leaving.load(Ordering::Acquire)
+        self.leaving
     }
 }
 
@@ -133,7 +133,7 @@ impl Area {
 
     /// The domains that show it.
     pub fn domains(&self) -> Vec<Arc<Domain>> {
-        self.seats().iter().map(|seat| Arc::clone(&seat.domain)).collect()
+        self.seats().iter().filter(|seat| !seat.is_leaving()).map(|seat| Arc::clone(&seat.domain)).collect()
     }
 
     /// The byte of the backing behind `iova`, which lies in the area.

@@ -2,7 +2,7 @@
 //!
 //! Both exclude map, unmap and copy, and nothing else: pages are punched and converted meanwhile, area by area under the span lock.
 
-use crate::area::Seat;
+use crate::area::{Seat, Seats};
 use crate::edit::Edit;
 use crate::ioas::Domains;
 use crate::pages::fill_part;
@@ -12,7 +12,7 @@ use addr::{Iova, Lg2, OutOfMemory, PAGE_BYTES, PAGE_LG2, Span};
 use iommu::{Device, Domain, IoTable};
 use pt::{AmdV1, Format};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use sync::fail;
 
 impl Ioas {
@@ -56,7 +56,7 @@ impl Ioas {
             }
         };
         drop(space);
-        let seat = Arc::new(Seat { domain: Arc::clone(domain), leaving: AtomicBool::new(false), outside });
+        let seat = Arc::new(Seat { domain: Arc::clone(domain), leaving: false, outside });
         room.push(Arc::clone(&seat));
 
         let before = std::mem::replace(&mut domains.seats, room.into());
@@ -97,11 +97,14 @@ impl Ioas {
     /// changes pages flushes this domain as well.
     fn remove_seat(&self, domains: &Domains, seat: &Arc<Seat>) {
         let mut edit = Edit::new();
-        seat.leaving.store(true, Ordering::Release);
+        let gone = Arc::new(Seat { domain: Arc::clone(&seat.domain), leaving: true, outside: Vec::new() });
+        let leaving: Seats = domains.seats.iter().cloned().chain([gone]).collect();
         let space = self.space();
         for (_, area) in space.areas.iter() {
             let _held = area.backing().lock(area.page_span());
             area.pages.clear_part(area, area.page_span(), edit.slot(&seat.domain));
+            // Area by area: until its turn comes, whoever changes pages takes their leaves out of this domain, too.
+            area.set_seats(Arc::clone(&leaving));
         }
         // Nobody else maps in this domain, and nobody of us any more: now the tables go, too.
         let slot = edit.slot(&seat.domain);

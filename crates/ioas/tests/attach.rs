@@ -110,3 +110,21 @@ fn devices_share_a_domain_that_goes_with_the_last() {
     assert_eq!(walk(&again, Iova::new(MIB).get()), None);
     assert_eq!(memory.state(Page::new(0)), PageState::Shared);
 }
+
+#[test]
+fn a_domain_that_refuses_late_is_undone_in_all() {
+    let ioas = ioas();
+    let memory = simulated(4 * MIB);
+    let domains = [(); 2].map(|()| ioas.iommu().domain().unwrap());
+    domains.iter().for_each(|domain| ioas.attach(domain).unwrap());
+    // Somebody else's leaf, which no address space knows of.
+    let stray = iova(9 * MIB, PAGE);
+    let mut stock = pt::Stock::new(ioas.iommu().arena());
+    let mut gather = pt::Gather::new();
+    domains[1].table().map(stray, memory.oa(Page::new(0)), Perm::READ, addr::SizeSet::ALL, &mut stock, &mut gather).unwrap();
+    let before = leaves(&domains[1]);
+    assert!(matches!(ioas.map_file(&memory, 0, 4 * MIB, at(8 * MIB), Perm::RW), Err(Error::Leaf(_))));
+    assert!(leaves(&domains[0]).is_empty(), "the first domain had it all for a moment");
+    assert_eq!((leaves(&domains[1]), ioas.areas().len()), (before, 0));
+    ioas.map_file(&memory, 0, MIB, at(8 * MIB), Perm::RW).unwrap();
+}

@@ -31,7 +31,10 @@ fn bits_by_page() {
     let mut bitmap = [0; 32];
     ioas.read_dirty_bitmap(&domain, span, PAGE, false, &mut bitmap).unwrap();
     assert_eq!((bitmap[0], bitmap[1..].iter().all(|byte| *byte == 0)), (0b1100, true));
+    let before = domain.flush_stats();
     assert_eq!(dirty(&ioas, &domain, span, true), [iova(MIB + 2 * PAGE, PAGE), iova(MIB + 3 * PAGE, PAGE)]);
+    let after = domain.flush_stats();
+    assert!(after.spans > before.spans && after.graces == before.graces + 1, "what was cleared is invalidated");
     assert!(dirty(&ioas, &domain, span, true).is_empty());
     dma.write(Iova::new(MIB + 3 * PAGE), b"again").unwrap();
     assert_eq!(dirty(&ioas, &domain, span, false), [iova(MIB + 3 * PAGE, PAGE)], "a cached translation must not hide the second write");

@@ -66,7 +66,7 @@ fn map() {
 fn map_in_one_domain() {
     let (ioas, row, scattered) = rig();
     ioas.detach(&ioas.domains()[1]).unwrap();
-    sweep(&ioas, || ioas.map_file(&row, 0, MIB, at(0x10_0000_0000), Perm::RW).map(drop));
+    sweep(&ioas, || ioas.map_file(&row, 0, 8 * MIB, at(0x10_0000_0000), Perm::RW).map(drop));
     sweep(&ioas, || ioas.map_file(&scattered, 0, 4 * MIB, at(0x20_0000_0000), Perm::READ).map(drop));
 }
 

@@ -6,8 +6,18 @@ use addr::{Iova, Span};
 use backing::{Backing, Frames};
 use common::{MIB, PAGE, at, audit, ioas, iova, leaves, simulated};
 use iommu::{Access, Dma};
-use lockstep_ioas::{Error, Pages};
+use lockstep_ioas::{AreaState, Error, Ioas, Pages};
 use pt::Perm;
+use std::thread;
+use std::time::Duration;
+
+/// Until the area at `start` is being removed, and whoever does it has had time to begin to wait.
+fn until_closing(ioas: &Ioas, start: u64) {
+    while ioas.area_at(Iova::new(start)).is_some_and(|area| area.state() != AreaState::Closing) {
+        thread::yield_now();
+    }
+    thread::sleep(Duration::from_millis(2));
+}
 
 #[test]
 fn gaps_are_fine_and_cuts_are_not() {
@@ -75,4 +85,55 @@ fn unmapping_under_ones_own_slice_is_an_error() {
     assert!(matches!(ioas.detach(&domain), Err(Error::HeldByCaller { .. })));
     drop(slice);
     assert_eq!(ioas.unmap(iova(0, MIB)).unwrap(), MIB);
+}
+
+#[test]
+fn an_area_on_its_way_out_is_busy_for_others_and_gone_for_software() {
+    let ioas = ioas();
+    let memory = Backing::memfd(MIB, Frames::Contiguous).unwrap();
+    let device = ioas.iommu().device("disk");
+    ioas.attach_device(&device).unwrap();
+    let kept = ioas.map_file(&memory, 0, PAGE, at(0x1_0000_0000), Perm::RW).unwrap();
+    for start in [0x1000, 0x8000] {
+        ioas.map_file(&memory, 0, PAGE, at(start), Perm::RW).unwrap();
+    }
+    let mut dma = Dma::new(&device).unwrap();
+    let slice = dma.slice(kept, PAGE, Access::Read).unwrap();
+    thread::scope(|scope| {
+        let going = scope.spawn(|| ioas.unmap(iova(0x1000, PAGE)));
+        until_closing(&ioas, 0x1000);
+        let mut byte = [0];
+        assert!(matches!(ioas.read(Iova::new(0x1000), &mut byte), Err(Error::NotMapped { .. })));
+        assert!(matches!(ioas.copy(&ioas, iova(0x1000, PAGE), at(0x5000), Perm::READ), Err(Error::NotMapped { .. })));
+        assert!(matches!(ioas.map_file(&memory, 0, PAGE, at(0x1000), Perm::RW), Err(Error::Occupied { .. })));
+        let other = scope.spawn(|| ioas.unmap(iova(0, 0x1_0000)));
+        assert!(matches!(other.join().unwrap(), Err(Error::Busy { area }) if area == iova(0x1000, PAGE)));
+        drop(slice);
+        assert_eq!(going.join().unwrap().unwrap(), PAGE);
+    });
+    assert_eq!(ioas.unmap(iova(0, 0x1_0000)).unwrap(), PAGE, "what lay above the busy area is still there");
+}
+
+#[test]
+fn an_unmap_removes_only_what_it_closed() {
+    let ioas = ioas();
+    let memory = Backing::memfd(MIB, Frames::Contiguous).unwrap();
+    let device = ioas.iommu().device("disk");
+    ioas.attach_device(&device).unwrap();
+    let kept = ioas.map_file(&memory, 0, PAGE, at(0x1_0000_0000), Perm::RW).unwrap();
+    let mut dma = Dma::new(&device).unwrap();
+    for _ in 0..30 {
+        ioas.map_file(&memory, 0, 2 * PAGE, at(0x8000), Perm::RW).unwrap();
+        let slice = dma.slice(kept, PAGE, Access::Read).unwrap();
+        thread::scope(|scope| {
+            // Passes the gap at 0x1000, then waits; the gap is filled and emptied meanwhile.
+            let wide = scope.spawn(|| ioas.unmap(iova(0, 0x1_0000)));
+            until_closing(&ioas, 0x8000);
+            ioas.map_file(&memory, 0, PAGE, at(0x1000), Perm::RW).unwrap();
+            let narrow = scope.spawn(|| ioas.unmap(iova(0x1000, PAGE)));
+            until_closing(&ioas, 0x1000);
+            drop(slice);
+            assert_eq!((wide.join().unwrap().unwrap(), narrow.join().unwrap().unwrap()), (2 * PAGE, PAGE));
+        });
+    }
 }

@@ -115,6 +115,21 @@ mod tests {
     }
 
     #[test]
+    fn what_is_overwritten_while_it_is_read_is_noticed() {
+        let log = Log::new();
+        log.append((0..10).map(span));
+        let mut seen = Vec::new();
+        log.catch_up(0, log.head(), |missed| {
+            seen.push(missed);
+            if seen.len() == 4 {
+                log.append((10..10 + SLOTS).map(span));
+            }
+        });
+        let expected: Vec<_> = (0..4).map(|at| Missed::Span(span(at))).chain([Missed::Everything]).collect();
+        assert_eq!(seen, expected);
+    }
+
+    #[test]
     fn a_reader_never_sees_half_a_span() {
         let log = Log::new();
         let rounds = if cfg!(debug_assertions) { 2_000 } else { 20_000 };

@@ -70,7 +70,8 @@ impl GuestDma {
     /// Moves the request on to the first entry that is not what it asked for.
     fn mark_progress(&self, buffer: &mut Buffer) {
         let has = |gpa: Gpa, to: Owner| {
-            self.space().page_at(gpa).is_some_and(|(backing, page)| backing.state(page) == to.into())
+            let told = self.space().stage2().is_private(gpa) == (to == Owner::Private);
+            told && self.space().page_at(gpa).is_some_and(|(backing, page)| backing.state(page) == to.into())
         };
         while buffer.header.cur_entry <= buffer.header.end_entry {
             let entry = &buffer.entries[usize::from(buffer.header.cur_entry)];

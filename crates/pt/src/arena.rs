@@ -20,6 +20,8 @@ pub struct NoTable {
 /// A table by its index in the arena.
 pub(crate) type TableId = u32;
 const NONE: TableId = TableId::MAX;
+/// Link of a table that is in no list: someone took it to install it.
+const TAKEN: u64 = u64::MAX;
 
 /// The tables of any number of trees, in one slice of zeroed words. `W` owns the words: an anonymous mapping, or a box in tests.
 pub struct Arena<W> {
@@ -74,6 +76,14 @@ impl<W: Deref<Target = [AtomicU64]>> Arena<W> {
     /// Overwrites one word of table memory behind the algorithm's back: for planted faults and for tests of those who look for them.
     pub fn poke(&self, at: Oa, value: u64) -> bool {
         self.locate(at).map(|word| word.store(value, Ordering::Release)).is_some()
+    }
+
+    /// Whether the table at `at` was taken to be installed and neither retired nor put back since: only such may be pointed to.
+    /// For audits; of a table that is on its way the answer may be late.
+    pub fn is_taken(&self, at: Oa) -> bool {
+        at.is_aligned(self.words_lg2 + 3)
+            && at >= self.base
+            && self.table_at(at).is_some_and(|table| self.link(table).load(Ordering::Relaxed) == TAKEN)
     }
 
     fn locate(&self, at: Oa) -> Option<&AtomicU64> {
@@ -231,7 +241,9 @@ impl<W: Deref<Target = [AtomicU64]>> Stock<W> {
         if self.list.is_empty() {
             self.reserve(1)?;
         }
-        self.list.pop(&self.arena).ok_or(NoTable { capacity: self.arena.capacity })
+        let table = self.list.pop(&self.arena).ok_or(NoTable { capacity: self.arena.capacity })?;
+        self.arena.link(table).store(TAKEN, Ordering::Relaxed);
+        Ok(table)
     }
 
     pub(crate) fn put(&mut self, table: TableId) {

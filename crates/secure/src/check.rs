@@ -165,7 +165,8 @@ impl<W: Deref<Target = [AtomicU64]>> Rmp<W> {
             let perms = segment.q2(from).perms_of(claim.vmpl);
             // The first word once more: the permissions were this owner's.
             let same = segment.q1(from) == q1;
-            if same && as_claimed(q1, size, addr, claim) && permits(perms, claim.needs) {
+            // A first entry that speaks for another page is never of that page's size, unless it changed between two loads.
+            if from == page && same && as_claimed(q1, size, addr, claim) && permits(perms, claim.needs) {
                 return Ok(());
             }
         }

@@ -53,6 +53,9 @@ impl<W: Deref<Target = [AtomicU64]>> Rmp<W> {
             RmpSize::K4 => write_page(&mut group, page, old, target),
             RmpSize::M2 => write_block(&mut group, old, target),
         }
+        if sync::fail::planted("secure.flip_bit") {
+            group.set_q1(page, Q1::from_bits(group.q1(page).into_bits() ^ FLIPPED));
+        }
         Ok(())
     }
 
@@ -93,6 +96,8 @@ impl<W: Deref<Target = [AtomicU64]>> Rmp<W> {
     }
 }
 
+/// What a planted fault flips in an entry: a bit of its GPA.
+const FLIPPED: u64 = 1 << 20;
 const GFN_MASK: u64 = (1 << 39) - 1;
 
 /// What an entry of a 2 MiB group says besides the first.

@@ -13,8 +13,9 @@ const LOCK: u64 = 1 << 63;
 pub(crate) const TOUCHED: u64 = 1 << 62;
 /// In a summary word: the number of assigned pages.
 pub(crate) const COUNT: u64 = (1 << 32) - 1;
-/// How often a writer looks at a lock before it gives up with FAIL_INUSE; some ten milliseconds.
-const SPINS: u32 = 1 << 19;
+/// How often a writer looks at a lock before it gives up with FAIL_INUSE: some hundred milliseconds, so that a holder that lost its CPU
+/// for a while makes nobody fail.
+const SPINS: u32 = 1 << 23;
 /// Pages in a group.
 pub(crate) const GROUP_PAGES: usize = 512;
 
@@ -73,8 +74,10 @@ impl<'a> Segment<'a> {
     /// says is never paired with an older second word.
     #[inline]
     pub(crate) fn effective(&self, page: usize) -> RawEntry {
-        let from = self.speaker(page);
-        let q1 = self.q1(from);
+        let base = page & !(GROUP_PAGES - 1);
+        let first = self.q1(base);
+        // One load both decides who speaks and is what it says: a second one might find an entry that no longer speaks for this page.
+        let (from, q1) = if is_huge(first) { (base, first) } else { (page, self.q1(page)) };
         let gfn = q1.gfn().wrapping_add((page - from) as u64) & GFN_MASK;
         let q1 = if from != page && q1.asid() != 0 { q1.with_gfn(gfn) } else { q1 };
         RawEntry { q1, q2: self.q2(from) }
@@ -175,11 +178,10 @@ impl Group<'_> {
     /// table behind our back, stays at zero for the audit to find.
     #[inline]
     pub(crate) fn lower(&mut self, pages: u64) {
-        self.count = self.count.saturating_sub(pages);
-        let summary = self.segment.summary_1g(self.base);
-        if summary.fetch_sub(pages, Ordering::AcqRel) & COUNT < pages {
-            summary.store(0, Ordering::Release);
-        }
+        // No more than this group had raised, or the 1 GiB would forget pages of other groups.
+        let pages = pages.min(self.count);
+        self.count -= pages;
+        self.segment.summary_1g(self.base).fetch_sub(pages, Ordering::AcqRel);
     }
 
     /// One page besides the first became or ceased to be a 4 KiB assigned page.

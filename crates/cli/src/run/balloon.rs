@@ -4,6 +4,7 @@
 use crate::run::checks::{Checks, Detector, add};
 use crate::run::load::pace;
 use addr::{Address, Gpa, Iova, PAGE_LG2, Span};
+use convert::Auditor;
 use lockstep::{Dma, GuestDma};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -56,6 +57,9 @@ impl Balloon {
             if let Err(error) = self.dma.populate(page) {
                 self.find(page, &format!("populate: {error}"));
                 return;
+            }
+            if let Some((backing, index)) = self.dma.space().page_at(page.start()) {
+                self.checks.take(Auditor::new(self.dma.space()).audit_part(&backing, Span::one(index)));
             }
             add(&self.checks.punches, 1);
             add(&self.checks.dma_checks, 3);

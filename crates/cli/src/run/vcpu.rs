@@ -6,7 +6,7 @@ use addr::Gpa;
 use backing::{Backing, Kind};
 use guest::{CONTROL, Features, IMAGE, Layout, Platform, STACK_TOP};
 use lockstep::kvm::{
-    Exit, HypercallInstruction, Kick, MemfdFlags, Memory, ProbeAt, Probed, Prober, SlotOptions, Start, Vcpu, Vm, hypercall_instruction, identity_tables,
+    Exit, HypercallInstruction, MemfdFlags, Memory, ProbeAt, Probed, Prober, SlotOptions, Start, Vcpu, Vm, hypercall_instruction, identity_tables,
 };
 use lockstep::{GuestDma, KvmStage2, Stage2};
 use std::io;
@@ -87,12 +87,7 @@ impl KvmGuest {
 }
 
 impl Running {
-    /// Ends a guest that does not look at its stop flag any more.
-    pub(crate) fn kick(&self) -> Result<Kick, Failure> {
-        Ok(self.vcpu.kick()?)
-    }
-
-    /// Serves the guest's exits until it halts or is kicked.
+    /// Serves the guest's exits until it halts: it looks at its stop flag after each round.
     pub(crate) fn run(mut self, devices: &mut Devices) -> Result<(), Failure> {
         let ended = self.serve(devices);
         self.exits.store(self.vcpu.exits().total(), Ordering::Relaxed);
@@ -118,7 +113,6 @@ impl Running {
                     devices.implicit(Gpa::new(gpa.get() & !(addr::PAGE_BYTES - 1)), pages, private)?;
                 }
                 Exit::Halt => return Ok(()),
-                Exit::Interrupted if self.vcpu.was_kicked() => return Ok(()),
                 Exit::Interrupted => {}
                 exit => return Err(format!("the guest left with {exit:?}").into()),
             }

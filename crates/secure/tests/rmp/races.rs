@@ -26,6 +26,11 @@ impl Phases {
         self.now.fetch_add(1, Ordering::SeqCst);
     }
 
+    /// Ends the readers also when the writer panics.
+    fn end(&self) -> Ends<'_> {
+        Ends(&self.done)
+    }
+
     /// Runs `test` with each phase until the writer is done; `test` answers whether it found what the phase promises.
     fn watch(&self, kinds: u64, mut test: impl FnMut(u64) -> Result<(), String>) -> u64 {
         let mut counted = 0;
@@ -38,6 +43,14 @@ impl Phases {
             }
         }
         counted
+    }
+}
+
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 
@@ -62,6 +75,7 @@ fn a_split_is_one_event_for_dma() {
     let leaf_lg2 = AtomicU8::new(21);
     let phases = Phases::new();
     thread::scope(|scope| {
+        let end = phases.end();
         let readers: Vec<_> = [0, 77, 511]
             .map(|page| {
                 let (rmp, phases, leaf_lg2) = (&rmp, &phases, &leaf_lg2);
@@ -94,7 +108,7 @@ fn a_split_is_one_event_for_dma() {
                 rmp.rmpupdate(oa(page), RmpState::shared(K4)).unwrap();
             }
         }
-        phases.done.store(true, Ordering::Relaxed);
+        drop(end);
         let counted: u64 = readers.into_iter().map(|reader| reader.join().unwrap()).sum();
         assert!(counted > 1000, "readers saw only {counted} steady phases");
     });
@@ -108,6 +122,7 @@ fn ownership_is_seen_at_once_by_leaves_of_every_size() {
     let phases = Phases::new();
     let untrusted = |leaf: Span<Oa>| rmp.check_device(Requester::Untrusted, leaf, Gpa::new(0), Access::Write);
     thread::scope(|scope| {
+        let end = phases.end();
         let readers: Vec<_> = (0..2)
             .map(|_| {
                 scope.spawn(|| {
@@ -150,7 +165,7 @@ fn ownership_is_seen_at_once_by_leaves_of_every_size() {
             }
             phases.next();
         }
-        phases.done.store(true, Ordering::Relaxed);
+        drop(end);
         noise.join().unwrap();
         let counted: u64 = readers.into_iter().map(|reader| reader.join().unwrap()).sum();
         assert!(counted > 1000, "readers saw only {counted} steady phases");
@@ -166,6 +181,7 @@ fn no_half_written_entry_lets_anyone_in() {
     let rmp = table(1);
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
+        let end = Ends(&done);
         for _ in 0..2 {
             scope.spawn(|| {
                 while !done.load(Ordering::Relaxed) {
@@ -186,7 +202,35 @@ fn no_half_written_entry_lets_anyone_in() {
                 rmp.rmpadjust(asid, Vmpl::V0, gpa(9), oa(9), K4, set).unwrap();
             }
         }
-        done.store(true, Ordering::Relaxed);
+        drop(end);
+    });
+}
+
+/// The first page's GPA is the owner's, but not at page 77: not before a split, not after, not in between.
+#[test]
+fn no_split_lets_a_first_page_speak_for_another() {
+    let rmp = table(1);
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let end = Ends(&done);
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    let who = Requester::Trusted { asid: ASID, vmpl: Vmpl::V0, vtom: Some(Gpa::new(1 << 50)) };
+                    assert!(rmp.check_device(who, leaf(77, 12), gpa(0), Access::Read).is_err());
+                    let entry = rmp.entry(oa(77));
+                    assert!(!entry.validated() || entry.gpa() == gpa(77), "{entry:?}");
+                }
+            });
+        }
+        for _ in 0..10_000 {
+            assign_valid(&rmp, 0, BIG);
+            rmp.psmash(oa(0)).unwrap();
+            for page in 0..512 {
+                rmp.rmpupdate(oa(page), RmpState::shared(K4)).unwrap();
+            }
+        }
+        drop(end);
     });
 }
 
@@ -237,6 +281,7 @@ fn readers_do_not_notice_segments_that_come_and_go() {
     let done = AtomicBool::new(false);
     assign(&rmp, 600, K4);
     thread::scope(|scope| {
+        let end = Ends(&done);
         scope.spawn(|| {
             while !done.load(Ordering::Relaxed) {
                 let check = |page, lg2| rmp.check_device(Requester::Untrusted, leaf(page, lg2), Gpa::new(0), Access::Read);
@@ -255,7 +300,7 @@ fn readers_do_not_notice_segments_that_come_and_go() {
             rmp.rmpupdate(start, RmpState::shared(K4)).unwrap();
             rmp.remove_segment(beside).unwrap();
         }
-        done.store(true, Ordering::Relaxed);
+        drop(end);
     });
     assert_summaries(&rmp);
 }
