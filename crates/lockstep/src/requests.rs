@@ -144,7 +144,7 @@ impl GuestDma {
     /// # Errors
     /// [`ConvertError`]; the guest gets a failure code, nothing of a bad span has changed.
     pub fn map_gpa_range(&self, gpa: Gpa, pages: u64, private: bool) -> Result<(), ConvertError> {
-        let bytes = pages.checked_mul(addr::PAGE_BYTES).unwrap_or(u64::MAX);
+        let bytes = pages.saturating_mul(addr::PAGE_BYTES);
         let span = Span::aligned(gpa, bytes, PAGE_LG2)?;
         let to = if private { Owner::Private } else { Owner::Shared };
         self.convert(&[Change { span, to }]).map(|_| ())

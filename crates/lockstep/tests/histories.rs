@@ -54,7 +54,17 @@ impl Run {
         let with = |device: &Arc<Device>| Some((device.clone(), guest.context(device)));
         let (trusted, untrusted) = (with(&guest.trusted), with(&guest.untrusted));
         let pages = vec![Model { is: Is::Shared, says: 0 }; ((FIRST + MORE) / PAGE) as usize];
-        Self { guest, policy, more, more_is_there: false, pages, trusted, untrusted, random: fastrand::Rng::with_seed(seed), counts: [0; 4] }
+        Self {
+            guest,
+            policy,
+            more,
+            more_is_there: false,
+            pages,
+            trusted,
+            untrusted,
+            random: fastrand::Rng::with_seed(seed),
+            counts: [0; 4],
+        }
     }
 
     /// A stretch of one memslot: a page, a few, whole blocks.

@@ -211,7 +211,11 @@ fn everything(policy: Policy, frames: Frames) -> Counts {
 
 fn check(policy: Policy, frames: Frames) {
     let counts = everything(policy, frames);
-    assert_eq!((counts.leaked.into_inner(), counts.differences.into_inner()), (0, 0), "secrets read by untrusted devices, audit differences");
+    assert_eq!(
+        (counts.leaked.into_inner(), counts.differences.into_inner()),
+        (0, 0),
+        "secrets read by untrusted devices, audit differences"
+    );
     for counter in [counts.converted, counts.punched, counts.merges, counts.allowed, counts.refused, counts.attached, counts.audits] {
         assert!(counter.into_inner() > 0);
     }

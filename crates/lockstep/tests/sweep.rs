@@ -45,7 +45,9 @@ fn sweep<S, E: Debug>(
         *fired.entry(step).or_default() += 1;
         match result {
             // PSMASH is tried again while another instruction has the group; what stage 2 has already it need not be told.
-            Ok(()) => assert!(["secure.psmash", "convert.stage2"].contains(&step), "{name}: step {nth}, {step}, failed and the call did not"),
+            Ok(()) => {
+                assert!(["secure.psmash", "convert.stage2"].contains(&step), "{name}: step {nth}, {step}, failed and the call did not")
+            }
             Err(error) => match judge(&subject, &error) {
                 Outcome::AsBefore => assert_eq!(dump(&subject), before, "{name}: after step {nth}, {step}: {error:?}"),
                 Outcome::AsSaid => {}
@@ -68,7 +70,8 @@ fn new_guest() -> Guest {
 
 /// How many pages of `changes` have the owner that is asked for.
 fn pages_done(guest: &Guest, changes: &[Change]) -> u64 {
-    let has = |page: Span<Gpa>, to: Owner| guest.dma.space().page_at(page.start()).is_some_and(|(backing, at)| backing.state(at) == to.into());
+    let has =
+        |page: Span<Gpa>, to: Owner| guest.dma.space().page_at(page.start()).is_some_and(|(backing, at)| backing.state(at) == to.into());
     changes.iter().map(|change| change.span.blocks(12).filter(|page| has(*page, change.to)).count() as u64).sum()
 }
 
@@ -278,13 +281,8 @@ fn attach() {
         assert!(guest.dma.ioas().domains().is_empty());
         guest
     };
-    let fired = sweep(
-        "attach",
-        make,
-        Guest::dump,
-        |guest| guest.dma.add_device("third", run).map(|_| guest.clean()),
-        |_, _| Outcome::AsBefore,
-    );
+    let fired =
+        sweep("attach", make, Guest::dump, |guest| guest.dma.add_device("third", run).map(|_| guest.clean()), |_, _| Outcome::AsBefore);
     for step in ["iommu.domain", "ioas.seats", "ioas.area", "pt.table", "iommu.attach"] {
         assert!(fired.contains_key(step), "{step} never failed: {fired:?}");
     }

@@ -49,7 +49,12 @@ impl Guest {
 
     pub fn clean(&self) {
         let report = self.dma.audit();
-        assert!(report.is_clean(), "{} differences:\n{}", report.count, report.differences.iter().map(|d| format!("{d}\n")).collect::<String>());
+        assert!(
+            report.is_clean(),
+            "{} differences:\n{}",
+            report.count,
+            report.differences.iter().map(|d| format!("{d}\n")).collect::<String>()
+        );
         assert!(report.pages > 0 && report.entries > 0);
     }
 
@@ -84,7 +89,14 @@ impl Guest {
             writeln!(out, "slot {gpa:?} {:?}", self.dma.space().stage2().runs(gpa)).unwrap();
             writeln!(out, "validated {:?}", self.dma.space().validated_runs(gpa)).unwrap();
         }
-        writeln!(out, "segments {:?}, {} assigned, leaked {:?}", self.dma.rmp().segments(), self.dma.rmp().assigned_pages(), self.dma.rmp().leaked()).unwrap();
+        writeln!(
+            out,
+            "segments {:?}, {} assigned, leaked {:?}",
+            self.dma.rmp().segments(),
+            self.dma.rmp().assigned_pages(),
+            self.dma.rmp().leaked()
+        )
+        .unwrap();
         let counters = convert::Counters { failed: 0, ..self.dma.counters() };
         writeln!(out, "{counters:?}").unwrap();
         out

@@ -151,7 +151,7 @@ fn ownership_is_seen_at_once_by_leaves_of_every_size() {
                 rmp.rmpupdate(oa(page), RmpState::shared(K4)).unwrap();
             }
         });
-        for round in 0..30_000 {
+        for round in 0..15_000 {
             assign(&rmp, 300, K4);
             phases.next();
             if round % 64 == 0 {

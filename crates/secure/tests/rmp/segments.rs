@@ -20,7 +20,7 @@ fn private() -> RmpState {
 #[test]
 fn many_in_one_gib_keep_apart() {
     let rmp = Table::new();
-    let spans = [(4, 0, 1), (4, 1, 3), (4, 6, 500), (4, 508, 1030), (7, 0, 2), (7, 510, 4)];
+    let spans = [(4, 0, 1), (4, 1, 3), (4, 6, 500), (4, 508, 1028), (7, 0, 2), (7, 510, 4)];
     for (gib, block, blocks) in spans {
         add(&rmp, at(gib, block), blocks).unwrap();
     }

@@ -1,0 +1,51 @@
+//! The whole use of the library, as the author of a VMM sees it: memory, two devices, conversions, an audit.
+
+use addr::{Gpa, Iova, Span};
+use backing::{Backing, Frames};
+use lockstep_iommu::kvm::{Memory, MemfdFlags, SlotOptions, Vm};
+use lockstep_iommu::{Change, Config, Dma, GuestDma, KvmStage2, Owner, RecordedStage2, Stage2, Tdisp, Trust};
+use std::sync::Arc;
+
+const MEMORY: u64 = 64 << 20;
+const ASID: u32 = 1;
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    // Memory: a guest_memfd that the host can map, behind a KVM memory slot; without KVM a memfd.
+    let vm = Vm::new().map(Arc::new).inspect_err(|error| println!("no KVM: {error}")).ok();
+    let file = vm.as_ref().map(|vm| vm.best_guest_memfd(MEMORY)).transpose()?.filter(|(_, flags)| flags.has(MemfdFlags::MMAP));
+    let backing = match file {
+        Some((file, _)) => Backing::guest_memfd(file, MEMORY, Frames::Contiguous)?,
+        None => Backing::memfd(MEMORY, Frames::Contiguous)?,
+    };
+    if let (Some(vm), Some(file)) = (&vm, backing.file()) {
+        let guest_memfd = (backing.kind() == backing::Kind::GuestMemfd).then_some((file, 0));
+        vm.set_memslot(0, Gpa::new(0), Memory::of_file(file, 0, MEMORY)?, SlotOptions { guest_memfd, ..Default::default() })?;
+    }
+
+    // The guest's devices see {file, offset} at IOVA = GPA; stage 2 hears of every conversion.
+    let stage2: Arc<dyn Stage2> = match &vm {
+        Some(vm) => KvmStage2::new(vm),
+        None => Arc::new(RecordedStage2::new()),
+    };
+    let guest = GuestDma::new(&Config { asid: ASID, ..Config::default() }, stage2)?;
+    guest.add_memory(Gpa::new(0), MEMORY, &backing, 0)?;
+    let run = Trust::Trusted { asid: ASID, vmpl: secure::Vmpl::V0, tdisp: Tdisp::Run, sdte_valid: true, vtom: None };
+    let mut trusted = Dma::new(&guest.add_device("nic", run)?)?;
+    let mut untrusted = Dma::new(&guest.add_device("disk", Trust::Untrusted)?)?;
+
+    // A page state change: what KVM_HC_MAP_GPA_RANGE, KVM_EXIT_MEMORY_FAULT or a GHCB request ask for.
+    let page = Span::from_len(Gpa::new(0x12_3000), 0x1000)?;
+    guest.convert(&[Change { span: page, to: Owner::Private }])?;
+    guest.space().pvalidate(page.start(), secure::RmpSize::K4, true).map_err(|error| format!("{error:?}"))?;
+
+    let iova = Iova::new(page.start().get());
+    trusted.write(iova, b"for the guest's eyes only")?;
+    let refused = untrusted.read(iova, &mut [0; 8]).expect_err("private memory");
+    println!("the untrusted device: {refused}");
+    untrusted.write(Iova::new(0x12_4000), b"the neighbour page is still there")?;
+
+    let report = guest.audit();
+    println!("audit: {} leaves, {} RMP entries, {} differences", report.leaves, report.entries, report.count);
+    assert!(report.is_clean());
+    Ok(())
+}
