@@ -149,7 +149,14 @@ fn guest_findings(machine: &Machine, checks: &Checks, report: &guest::Report) {
     let at = if report.mismatches > 0 { addr::Gpa::new(report.mismatch_gpa) } else { machine.plan.memory.start() };
     let what = format!(
         "the guest found {} wrong bytes (expected {:#x}, got {:#x}), {} wrong DMA outcomes, {} wrong answers to requests, {} failed requests, {} errors (last {:#x})",
-        report.mismatches, report.mismatch_expected, report.mismatch_got, report.dma_wrong, report.psc_wrong_answers, report.psc_errors, report.errors, report.last_error
+        report.mismatches,
+        report.mismatch_expected,
+        report.mismatch_got,
+        report.dma_wrong,
+        report.psc_wrong_answers,
+        report.psc_errors,
+        report.errors,
+        report.last_error
     );
     checks.find_at(&machine.dma, Detector::Guest, at, "I-5", &what);
 }

@@ -13,9 +13,8 @@ fn lockstep(args: &[&str]) -> Output {
 }
 
 fn json(output: &Output) -> Value {
-    serde_json::from_slice(&output.stdout).unwrap_or_else(|error| {
-        panic!("{error}: {}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
-    })
+    serde_json::from_slice(&output.stdout)
+        .unwrap_or_else(|error| panic!("{error}: {}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr)))
 }
 
 fn number(summary: &Value, key: &str) -> u64 {
@@ -27,7 +26,8 @@ fn good(args: &[&str]) -> Value {
     let output = lockstep(&[args, &["--json"]].concat());
     let summary = json(&output);
     assert!(output.status.success(), "{summary:#}");
-    for key in ["bytes_moved", "bytes_verified", "conversions", "audits", "untrusted_faults", "guest_dma", "page_table_bytes", "rmp_bytes"] {
+    for key in ["bytes_moved", "bytes_verified", "conversions", "audits", "untrusted_faults", "guest_dma", "page_table_bytes", "rmp_bytes"]
+    {
         assert!(number(&summary, key) > 0, "{key} is 0 in {summary:#}");
     }
     assert_eq!(number(&summary, "differences"), 0);

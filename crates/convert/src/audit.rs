@@ -180,7 +180,13 @@ impl<'a> Auditor<'a> {
                     for leaf in read(&domain, part).leaves {
                         report.leaves += 1;
                         let what = "a page in transition is mapped".into();
-                        report.add(self.difference("I-7", what, leaf.span.intersect(part).unwrap_or(leaf.span), Some(&leaf), Some((&area, pages.backing()))));
+                        report.add(self.difference(
+                            "I-7",
+                            what,
+                            leaf.span.intersect(part).unwrap_or(leaf.span),
+                            Some(&leaf),
+                            Some((&area, pages.backing())),
+                        ));
                     }
                 }
             }
@@ -332,7 +338,11 @@ impl<'a> Auditor<'a> {
                 let span = Span::block(gpa, if large { Lg2::M2.0 } else { PAGE_LG2 });
                 let validated = self.space.validated_runs(span).iter().any(|(_, yes)| *yes);
                 let size = if large { SIZE } else { 0 };
-                let right = 1 | size | gpa.get() & 0x0007_ffff_ffff_f000 | u64::from(self.space.asid()) << 51 | if validated { VALIDATED } else { 0 };
+                let right = 1
+                    | size
+                    | gpa.get() & 0x0007_ffff_ffff_f000
+                    | u64::from(self.space.asid()) << 51
+                    | if validated { VALIDATED } else { 0 };
                 if own != right {
                     return wrong(&format!("it should be {right:#x}"));
                 }
@@ -343,7 +353,15 @@ impl<'a> Auditor<'a> {
         }
     }
 
-    fn compare_stage2(&self, area: &Area, backing: &Arc<Backing>, run: Span<Page>, state: PageState, gpa: Option<Gpa>, report: &mut AuditReport) {
+    fn compare_stage2(
+        &self,
+        area: &Area,
+        backing: &Arc<Backing>,
+        run: Span<Page>,
+        state: PageState,
+        gpa: Option<Gpa>,
+        report: &mut AuditReport,
+    ) {
         let Some(gpa) = gpa.filter(|_| state != PageState::Absent) else { return };
         let Ok(span) = Span::from_len(gpa, run.len() << PAGE_LG2) else { return };
         for (part, private) in self.space.stage2().runs(span) {
@@ -392,7 +410,10 @@ impl<'a> Auditor<'a> {
             for gap in &gaps {
                 let strays = |tree: RawTree| {
                     let leaves = tree.leaves.into_iter().map(|leaf| (leaf.span, Some(leaf), "a leaf where no area is".to_owned()));
-                    let odd = tree.oddities.into_iter().map(|odd| (odd.span, None, format!("the entry at {} is {:#x}: {}", odd.at, odd.value, odd.why)));
+                    let odd = tree
+                        .oddities
+                        .into_iter()
+                        .map(|odd| (odd.span, None, format!("the entry at {} is {:#x}: {}", odd.at, odd.value, odd.why)));
                     leaves.chain(odd).collect::<Vec<_>>()
                 };
                 // Nothing holds the gaps; what is there to stay is there at every look.
@@ -446,7 +467,14 @@ impl<'a> Auditor<'a> {
     }
 
     /// What each of the three tables says about a span.
-    fn difference(&self, invariant: &'static str, what: String, iova: Span<Iova>, leaf: Option<&RawLeaf>, of: Option<(&Area, &Arc<Backing>)>) -> Difference {
+    fn difference(
+        &self,
+        invariant: &'static str,
+        what: String,
+        iova: Span<Iova>,
+        leaf: Option<&RawLeaf>,
+        of: Option<(&Area, &Arc<Backing>)>,
+    ) -> Difference {
         let page = of.and_then(|(area, backing)| Some((backing, pages_of(area, iova)?.start())));
         let io_page_table = leaf.map_or_else(
             || of.and_then(|(area, _)| Some(describe_leaf(&first_leaf(area, iova)?))).unwrap_or_else(|| "no leaf".into()),
@@ -476,10 +504,16 @@ impl<'a> Auditor<'a> {
     /// What each of the three tables says about one page of the guest: for reports of others who found something wrong there.
     pub fn describe(&self, ioas: &Ioas, gpa: Gpa, invariant: &'static str, what: &str) -> Difference {
         let found = self.space.page_at(gpa).and_then(|(backing, page)| {
-            let area = Pages::of(&backing).areas_over(Span::one(page)).into_iter().find(|area| ioas.areas().iter().any(|own| Arc::ptr_eq(own, area)))?;
+            let area = Pages::of(&backing)
+                .areas_over(Span::one(page))
+                .into_iter()
+                .find(|area| ioas.areas().iter().any(|own| Arc::ptr_eq(own, area)))?;
             Some((area, backing, page))
         });
-        let span = found.as_ref().and_then(|(area, _, page)| iova_of(area, Span::one(*page))).unwrap_or(Span::block(Iova::new(gpa.get()), PAGE_LG2));
+        let span = found
+            .as_ref()
+            .and_then(|(area, _, page)| iova_of(area, Span::one(*page)))
+            .unwrap_or(Span::block(Iova::new(gpa.get()), PAGE_LG2));
         self.difference(invariant, what.into(), span, None, found.as_ref().map(|(area, backing, _)| (&**area, backing)))
     }
 }
@@ -499,7 +533,12 @@ fn read(domain: &Domain, within: Span<Iova>) -> RawTree {
     let mut tree = read_tree(&|at| arena.peek(at), root, level + 1, within);
     // A pointer may lead to a table that looks right and is free.
     for &(at, span) in tree.places.iter().filter(|(at, _)| !arena.is_taken(*at)) {
-        tree.oddities.push(RawOddity { span: span.intersect(within).unwrap_or(span), at, value: 0, why: "a table that is in use and free" });
+        tree.oddities.push(RawOddity {
+            span: span.intersect(within).unwrap_or(span),
+            at,
+            value: 0,
+            why: "a table that is in use and free",
+        });
     }
     tree
 }

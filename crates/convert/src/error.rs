@@ -60,7 +60,9 @@ pub enum ConvertError {
         reason: String,
     },
     /// The secure world refused. `done_pages` of the batch are converted, the span is as it was.
-    #[error("the secure world refused {step:?} of {span} ({oa}) with {code:?}; {done_pages} pages of the batch are converted, the rest is as before")]
+    #[error(
+        "the secure world refused {step:?} of {span} ({oa}) with {code:?}; {done_pages} pages of the batch are converted, the rest is as before"
+    )]
     Refused {
         /// Which step.
         step: Step,
@@ -74,7 +76,9 @@ pub enum ConvertError {
         done_pages: u64,
     },
     /// A page could not be taken from the guest: it is unmapped, counted, and never used again.
-    #[error("{span} ({oa}) could not be made shared again ({code:?}); it is leaked and {done_pages} other pages of the batch are converted")]
+    #[error(
+        "{span} ({oa}) could not be made shared again ({code:?}); it is leaked and {done_pages} other pages of the batch are converted"
+    )]
     Leaks {
         /// The guest's pages.
         span: Span<Gpa>,
@@ -87,7 +91,9 @@ pub enum ConvertError {
     },
     /// Stage 2 refused a span after its owner had changed. Its pages are converted and unmapped, until converting them again retries. Should
     /// other spans have been refused as well, they are in the same state.
-    #[error("{source}; the owner has changed already and is not rolled back, {done_pages} pages of the batch are converted: convert the span again")]
+    #[error(
+        "{source}; the owner has changed already and is not rolled back, {done_pages} pages of the batch are converted: convert the span again"
+    )]
     Stage2 {
         /// What stage 2 said.
         source: Stage2Error,

@@ -96,7 +96,9 @@ impl Plan {
             for piece in self.pieces.iter().filter(|piece| piece.held == held) {
                 let group = piece.pages.widen(GROUP_LG2).intersect(all).unwrap_or(piece.pages);
                 match spans.last_mut() {
-                    Some(last) if last.overlaps(group) || last.touches(group) => *last = Span::of(last.start(), last.last().max(group.last())),
+                    Some(last) if last.overlaps(group) || last.touches(group) => {
+                        *last = Span::of(last.start(), last.last().max(group.last()))
+                    }
                     _ => spans.push(group),
                 }
             }
@@ -143,7 +145,11 @@ impl Plan {
 impl Piece {
     /// The pages that were done, those that failed, those that were not tried.
     pub(crate) fn split(&self, done: u64, bad: Span<Page>) -> (Option<Self>, Self, Option<Self>) {
-        let part = |pages: Span<Page>| Self { gpa: self.gpa.project(self.pages.unindex(PAGE_LG2), pages.unindex::<Page>(PAGE_LG2)), pages, ..*self };
+        let part = |pages: Span<Page>| Self {
+            gpa: self.gpa.project(self.pages.unindex(PAGE_LG2), pages.unindex::<Page>(PAGE_LG2)),
+            pages,
+            ..*self
+        };
         let done = (done > 0).then(|| part(Span::of(self.pages.start(), self.pages.start().plus(done - 1))));
         let rest = bad.last().checked_add(1).and_then(|next| Span::new(next, self.pages.last())).map(part);
         (done, part(bad), rest)

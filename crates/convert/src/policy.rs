@@ -37,7 +37,10 @@ impl FromStr for Policy {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, Self::Err> {
-        Self::ALL.into_iter().find(|policy| policy.to_string() == name).ok_or_else(|| format!("no policy is named '{name}'; there are mirror and shared-only"))
+        Self::ALL
+            .into_iter()
+            .find(|policy| policy.to_string() == name)
+            .ok_or_else(|| format!("no policy is named '{name}'; there are mirror and shared-only"))
     }
 }
 

@@ -137,7 +137,16 @@ impl Walk<'_> {
 
     /// A leaf over several slots: all of them hold its value, but for the dirty bit.
     #[expect(clippy::too_many_arguments, reason = "one entry, its place and its surroundings")]
-    fn sized_leaf(&mut self, table: Oa, index: u64, value: u64, size_lg2: u32, item_lg2: u32, span: Span<Iova>, rights: (bool, bool)) -> u64 {
+    fn sized_leaf(
+        &mut self,
+        table: Oa,
+        index: u64,
+        value: u64,
+        size_lg2: u32,
+        item_lg2: u32,
+        span: Span<Iova>,
+        rights: (bool, bool),
+    ) -> u64 {
         const DIRTY: u64 = 1 << 6;
         let slots = 1u64 << (size_lg2 - item_lg2);
         let first = index / slots * slots;

@@ -2,7 +2,7 @@
 
 use crate::{Evidence, Stage2, plan, switch};
 use addr::{Address, Gpa, Lg2, Oa, OverlapError, PAGE_LG2, Page, SizeSet, Span, SpanError, SpanMap};
-use backing::Backing;
+use backing::{Backing, PageState};
 use ioas::{Edit, Pages};
 use iommu::SystemRmp;
 use secure::{Pvalidate, PvalidateError, RmpSize, Validated, Vmpl};
@@ -76,6 +76,16 @@ pub enum SpaceError {
         /// What there is.
         has: Span<Page>,
     },
+    /// Some of the pages are in another memslot, or were left private at another address by one that was removed.
+    #[error(
+        "memslot {span} would show pages {pages:?} a second time, or pages that a guest holds at another address; a page has one private address (I-8)"
+    )]
+    Alias {
+        /// The new one.
+        span: Span<Gpa>,
+        /// What it would stand for.
+        pages: Span<Page>,
+    },
     /// No memslot begins there.
     #[error("no memslot begins at {0}")]
     NoSlot(Gpa),
@@ -138,7 +148,19 @@ impl Space {
         }
         sync::fail::step("convert.slot").map_err(|_| SpaceError::OutOfMemory(span))?;
         let slot = Slot { pages: Pages::of(backing), first: pages.start() };
-        let added = self.slots.write().unwrap_or_else(PoisonError::into_inner).insert(span, slot);
+        let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
+        let shown =
+            slots.iter().any(|(there, other)| Arc::ptr_eq(&other.pages, &slot.pages) && other.pages_of(there, there).overlaps(pages));
+        let elsewhere = |page: Page| {
+            let gpa = span.start().plus(page.offset_from(pages.start()) << PAGE_LG2);
+            self.rmp.entry(backing.oa(page)).gpa() != gpa
+        };
+        let private = backing.states(pages).filter(|(_, state)| *state == PageState::Private);
+        let strays = private.into_iter().any(|(run, _)| run.blocks(0).any(|page| elsewhere(page.start())));
+        if shown || strays {
+            return Err(SpaceError::Alias { span, pages });
+        }
+        let added = slots.insert(span, slot);
         added.map_err(|error| match error {
             OverlapError::Overlaps { met, .. } => SpaceError::Overlap { span, met },
             OverlapError::OutOfMemory(_) => SpaceError::OutOfMemory(span),

@@ -336,7 +336,8 @@ impl Core<'_> {
     fn count(&mut self) -> Result<Done, ConvertError> {
         let counters = &self.space.counters;
         let add = |counter: &AtomicU64, to| {
-            let pages = self.pieces.iter().filter(|piece| piece.fate == Fate::Committed && piece.to == to).map(|piece| piece.pages.len()).sum();
+            let pages =
+                self.pieces.iter().filter(|piece| piece.fate == Fate::Committed && piece.to == to).map(|piece| piece.pages.len()).sum();
             counter.fetch_add(pages, Ordering::Relaxed);
             pages
         };

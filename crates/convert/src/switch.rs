@@ -26,7 +26,9 @@ pub(crate) fn partial_blocks<'a>(rmp: &'a SystemRmp, backing: &'a Backing, pages
     let first = Span::block(pages.start(), GROUP_LG2);
     let last = Span::block(pages.last(), GROUP_LG2);
     let ends = [Some(first), (last != first).then_some(last)];
-    ends.into_iter().flatten().filter(move |block| !pages.covers(*block) && backing.pages().covers(*block) && is_large(rmp, backing, *block))
+    ends.into_iter()
+        .flatten()
+        .filter(move |block| !pages.covers(*block) && backing.pages().covers(*block) && is_large(rmp, backing, *block))
 }
 
 fn is_large(rmp: &SystemRmp, backing: &Backing, block: Span<Page>) -> bool {

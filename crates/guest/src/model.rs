@@ -46,6 +46,7 @@ pub struct Host {
     done: Option<u64>,
     requests: u64,
     accesses: u64,
+    unrescinded: u64,
     log_hash: u64,
 }
 
@@ -65,6 +66,7 @@ impl Host {
             done: None,
             requests: 0,
             accesses: 0,
+            unrescinded: 0,
             log_hash: 0xcbf2_9ce4_8422_2325,
         }
     }
@@ -89,6 +91,11 @@ impl Host {
     /// Of these, the register accesses: each is an exit of a VM.
     pub fn accesses(&self) -> u64 {
         self.accesses
+    }
+
+    /// Pages that the guest gave away while they were still validated: a mistake of the guest, which no real host can see.
+    pub fn unrescinded(&self) -> u64 {
+        self.unrescinded
     }
 
     /// FNV-1a over all requests, with the entries of the lists they name.
@@ -158,6 +165,7 @@ impl Host {
         self.large[pages.start / BLOCK_PAGES] = large && state == PageState::Private;
         for page in pages {
             if self.pages[page].state != state {
+                self.unrescinded += u64::from(state == PageState::Shared && self.pages[page].validated);
                 self.pages[page] = Page { state, validated: false };
             }
         }

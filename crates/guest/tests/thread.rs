@@ -34,6 +34,7 @@ fn a_right_host_satisfies_it() {
         assert!(report.is_clean(), "seed {seed}: {report:?}");
         assert_eq!((report.rounds, host.done()), (5000, Some(0)), "seed {seed}");
         assert!(host.all_validated(), "seed {seed}");
+        assert_eq!(host.unrescinded(), 0, "seed {seed}");
         // Every kind of thing it can do was done.
         for (what, count) in [
             ("entries", report.psc_entries),
@@ -116,6 +117,8 @@ enum How {
     Backwards,
     /// The host never gets on with a list.
     NoProgress,
+    /// A PVALIDATE list that was carried out is called bad.
+    RefusePvalidate,
     /// An engine stays busy.
     Busy,
     /// A hypercall fails.
@@ -160,6 +163,7 @@ impl Platform for Wrong {
             How::FaultElsewhere if gpa == registers::UNTRUSTED.plus(dma::FAULT_IOVA) && self.strikes() => right ^ 0x4000,
             How::WrongError if psc && refused && self.strikes() => right ^ 3,
             How::AcceptBad if psc && refused && self.strikes() => 0,
+            How::RefusePvalidate if gpa == registers::DOORBELL.plus(bell::PVALIDATE_RESULT) && right == 0 && self.strikes() => 2,
             How::RefuseGood if psc && right == 0 && self.strikes() => registers::GENERIC_ERROR,
             _ => right,
         }
@@ -250,6 +254,8 @@ fn each_way_to_be_wrong_shows_where_it_belongs() {
         let report = wrong(how, 10);
         assert_eq!((report.psc_wrong_answers, report.errors, report.mismatches), (1, 1, 0), "{how:?}: {report:?}");
     }
+    let report = wrong(How::RefusePvalidate, 30);
+    assert_eq!((report.errors, report.last_error, report.psc_errors), (1, 2, 0), "{report:?}");
     let report = wrong(How::Backwards, 30);
     assert!(report.last_error == error::BACKWARDS && report.psc_errors == 1, "{report:?}");
     let report = run_wrong(How::NoProgress, 30, u64::MAX).0;

@@ -2,7 +2,7 @@
 
 use addr::{Gpa, Iova, Span};
 use backing::{Backing, Frames};
-use lockstep_iommu::kvm::{Memory, MemfdFlags, SlotOptions, Vm};
+use lockstep_iommu::kvm::{MemfdFlags, Memory, SlotOptions, Vm};
 use lockstep_iommu::{Change, Config, Dma, GuestDma, KvmStage2, Owner, RecordedStage2, Stage2, Tdisp, Trust};
 use std::sync::Arc;
 

@@ -154,4 +154,3 @@ impl GuestDma {
 fn code_number(code: Code) -> u64 {
     u64::from(code.eax())
 }
-

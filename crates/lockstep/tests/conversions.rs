@@ -44,7 +44,7 @@ fn large_private_pages_and_their_smash() {
     let mut trusted = guest.context(&guest.trusted);
     assert_eq!(guest.convert(4 * MIB, 4 * MIB, Owner::Private), 1024);
     guest.clean();
-    let oa = guest.backing.oa(addr::Page::new(4 * MIB >> 12));
+    let oa = guest.backing.oa(addr::Page::new((4 * MIB) >> 12));
     assert_eq!(guest.dma.rmp().size_at(oa), RmpSize::M2);
     guest.dma.space().pvalidate(Gpa::new(4 * MIB), RmpSize::M2, true).unwrap();
     trusted.write(iova(4 * MIB + 5), b"through a 2 MiB leaf").unwrap();
@@ -53,7 +53,7 @@ fn large_private_pages_and_their_smash() {
     guest.clean();
     assert_eq!((guest.dma.rmp().size_at(oa), guest.dma.counters().smashed), (RmpSize::K4, 1));
     trusted.write(iova(4 * MIB + 5), b"still valid after the smash").unwrap();
-    assert_eq!(guest.dma.rmp().size_at(guest.backing.oa(addr::Page::new(6 * MIB >> 12))), RmpSize::M2, "the other block stays large");
+    assert_eq!(guest.dma.rmp().size_at(guest.backing.oa(addr::Page::new((6 * MIB) >> 12))), RmpSize::M2, "the other block stays large");
 }
 
 #[test]
@@ -91,7 +91,10 @@ fn a_device_that_is_not_running_reaches_nothing() {
         guest.trusted.set_trust(Trust::Trusted { asid: ASID, vmpl: secure::Vmpl::V0, tdisp, sdte_valid, vtom: None }).unwrap();
         assert_eq!(trusted.write(iova(0), b"x").unwrap_err().table, RefusedBy::Device);
     }
-    guest.trusted.set_trust(Trust::Trusted { asid: ASID + 1, vmpl: secure::Vmpl::V0, tdisp: Tdisp::Run, sdte_valid: true, vtom: None }).unwrap();
+    guest
+        .trusted
+        .set_trust(Trust::Trusted { asid: ASID + 1, vmpl: secure::Vmpl::V0, tdisp: Tdisp::Run, sdte_valid: true, vtom: None })
+        .unwrap();
     assert_eq!(trusted.write(iova(0), b"x").unwrap_err().table, RefusedBy::SecureWorld, "another guest's device");
 }
 
@@ -116,7 +119,9 @@ fn what_is_refused_before_anything_changes() {
     let before = guest.dump();
     let refused = |changes: &[_]| guest.dma.convert(changes).unwrap_err();
     assert!(matches!(refused(&[change(0x800, 0x1000, Owner::Private)]), ConvertError::Span(_)));
-    assert!(matches!(refused(&[change(4 * MIB - 0x1000, 0x2000, Owner::Private)]), ConvertError::NoMemory { at, .. } if at == Gpa::new(4 * MIB)));
+    assert!(
+        matches!(refused(&[change(4 * MIB - 0x1000, 0x2000, Owner::Private)]), ConvertError::NoMemory { at, .. } if at == Gpa::new(4 * MIB))
+    );
     assert!(matches!(refused(&[change(0, 0x2000, Owner::Private), change(0x1000, 0x1000, Owner::Shared)]), ConvertError::Twice { .. }));
     assert_eq!(guest.dump(), before);
 }
@@ -154,4 +159,13 @@ fn memory_comes_and_goes() {
     assert!(guest.context(&guest.untrusted).write(iova(9 * MIB), b"x").is_err());
     assert!(guest.dma.remove_memory(Gpa::new(8 * MIB)).is_err());
     guest.clean();
+}
+
+#[test]
+fn no_page_has_two_addresses() {
+    let guest = Guest::new(4 * MIB, Frames::Contiguous, Policy::Mirror);
+    assert!(guest.dma.add_memory(Gpa::new(16 * MIB), MIB, &guest.backing, 0).is_err(), "the same pages twice");
+    guest.convert(0, 0x1000, Owner::Private);
+    guest.dma.remove_memory(Gpa::new(0)).unwrap();
+    assert!(guest.dma.add_memory(Gpa::new(16 * MIB), 4 * MIB, &guest.backing, 0).is_err(), "a page that is still private, elsewhere");
 }

@@ -8,7 +8,8 @@ use lockstep_iommu::kvm::{
 use rustix::fs::{FallocateFlags, fallocate, ftruncate, memfd_create};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::mpsc::RecvTimeoutError;
+use std::time::Duration;
 
 const CODE: Gpa = Gpa::new(0x8000);
 const MEMORY: u64 = 8 << 20;
@@ -104,11 +105,12 @@ fn registers_are_read_and_written() {
 #[test]
 fn a_start_forgets_what_the_guest_was_waiting_for() {
     let Some(machine) = Machine::new() else { return };
-    // mov rsi, [rdi]; mov [rdi], rsi; hlt
-    let mut vcpu = machine.vcpu(0, &[0x48, 0x8b, 0x37, 0x48, 0x89, 0x37, 0xf4]);
+    // mov rsi, [rdi]; hlt, and at 4: mov [rdi], rsi
+    let mut vcpu = machine.vcpu(0, &[0x48, 0x8b, 0x37, 0xf4, 0x48, 0x89, 0x37]);
     assert!(matches!(vcpu.run().unwrap(), Exit::MmioRead { .. }));
-    vcpu.start_in_long_mode(Start { entry: Gpa::new(CODE.get() + 3), ..machine.start() }).unwrap();
+    vcpu.start_in_long_mode(Start { entry: Gpa::new(CODE.get() + 4), ..machine.start() }).unwrap();
     assert_eq!(vcpu.run().unwrap(), Exit::MmioWrite { gpa: REGISTER, len_bytes: 8, value: 0x1234 });
+    vcpu.answer_mmio(1); // nobody asked
 }
 
 #[test]
@@ -212,6 +214,14 @@ fn a_kick_ends_a_run_and_is_never_lost() {
     let Some(machine) = Machine::new() else { return };
     let mut vcpu = machine.vcpu(0, &[0xeb, 0xfe]); // jmp to itself
     let kick = vcpu.kick().unwrap();
+    let (_done, pending) = std::sync::mpsc::channel::<()>();
+    std::thread::spawn(move || {
+        // A lost kick leaves nobody to fail the test.
+        if pending.recv_timeout(Duration::from_secs(60)) == Err(RecvTimeoutError::Timeout) {
+            eprintln!("a kick was lost: the vCPU runs on");
+            std::process::exit(1);
+        }
+    });
     // Before the run: it does not begin.
     kick.kick();
     kick.kick();
@@ -230,9 +240,7 @@ fn a_kick_ends_a_run_and_is_never_lost() {
             kick.kick();
         });
         while !stop.load(Ordering::SeqCst) {
-            let began = Instant::now();
             assert_eq!(vcpu.run().unwrap(), Exit::Interrupted);
-            assert!(began.elapsed() < Duration::from_secs(20), "a kick was lost");
             came_back += 1;
         }
         kicker.join().unwrap();

@@ -216,14 +216,14 @@ fn mixed_batch() {
 #[test]
 fn a_smash_that_is_refused_changes_nothing() {
     let guest = new_guest();
-    let oa = guest.backing.oa(addr::Page::new((8 * MIB >> 12) + 9));
+    let oa = guest.backing.oa(addr::Page::new(((8 * MIB) >> 12) + 9));
     guest.dma.rmp().set_in_use(oa, true);
     let before = guest.dump();
     let error = guest.dma.convert(&[change(8 * MIB + 0x7000, 0x1000, Owner::Shared)]).unwrap_err();
     assert!(matches!(error, ConvertError::Refused { step: Step::Smash, done_pages: 0, .. }));
     assert_eq!(guest.dump(), before);
     // Of several blocks those before the refused one stay small, entry and leaf alike.
-    let second = guest.backing.oa(addr::Page::new(10 * MIB >> 12));
+    let second = guest.backing.oa(addr::Page::new((10 * MIB) >> 12));
     guest.dma.rmp().set_in_use(oa, false);
     guest.dma.rmp().set_in_use(second, true);
     let wide = change(9 * MIB, 2 * MIB, Owner::Shared);

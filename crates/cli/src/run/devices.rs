@@ -39,7 +39,6 @@ impl Devices {
         };
         Some((engine, gpa.get() & 0xfff))
     }
-
 }
 
 impl Platform for Devices {

@@ -134,7 +134,11 @@ impl Region {
             let put = device.write(at, &wrote[..len]);
             self.must(put.is_ok(), block, "DMA to a page that nobody converted was refused");
             let got = device.read(at, &mut bytes[..len]);
-            self.must(got.is_ok() && bytes[..len] == wrote[..len], block, "DMA to a page that nobody converted reads something else than it wrote");
+            self.must(
+                got.is_ok() && bytes[..len] == wrote[..len],
+                block,
+                "DMA to a page that nobody converted reads something else than it wrote",
+            );
             add(&self.checks.bytes_moved, 2 * len as u64);
             add(&self.checks.dma_checks, 2);
             pace(&mut turns, 32);
@@ -151,7 +155,11 @@ impl Region {
             let page = within.start().plus(random.u64(..pages(within)) << PAGE_LG2);
             let mut seen = [0; 8];
             match device.read(Iova::new(page.get() + 8), &mut seen) {
-                Ok(()) => self.must(u64::from_le_bytes(seen) != SECRET, page, "an untrusted device read what was written while the page was private"),
+                Ok(()) => self.must(
+                    u64::from_le_bytes(seen) != SECRET,
+                    page,
+                    "an untrusted device read what was written while the page was private",
+                ),
                 Err(_) => add(refused, 1),
             }
             add(&self.checks.bytes_moved, 8);

@@ -150,7 +150,8 @@ impl Machine {
         let Some(kvm) = &mut self.kvm else { return Ok(()) };
         let mut random = fastrand::Rng::with_seed(self.setup.seed);
         let pages = self.plan.region.len() / PAGE_BYTES;
-        let sample: Vec<(Gpa, u64)> = (0..64).map(|_| (Gpa::new(self.plan.region.start().get() + random.u64(..pages) * PAGE_BYTES + 16), random.u64(..))).collect();
+        let sample: Vec<(Gpa, u64)> =
+            (0..64).map(|_| (Gpa::new(self.plan.region.start().get() + random.u64(..pages) * PAGE_BYTES + 16), random.u64(..))).collect();
         // The later of two nonces in one page is the one that stays.
         for (gpa, nonce) in &sample {
             self.dma.write(*gpa, &nonce.to_le_bytes())?;

@@ -149,10 +149,20 @@ impl Summary {
             return;
         }
         println!("ran {:.1} s, seed {}, policy {}", self.seconds, self.seed, self.policy);
-        println!("  conversions     {} pages in {} batches ({} to private, {} to shared), {} entries smashed", self.conversions, self.batches, self.to_private, self.to_shared, self.smashes);
+        println!(
+            "  conversions     {} pages in {} batches ({} to private, {} to shared), {} entries smashed",
+            self.conversions, self.batches, self.to_private, self.to_shared, self.smashes
+        );
         println!("  leaves          {} cut, {} merged", self.cuts, self.merges);
         println!("  DMA             {} moved, {} checks of what devices got", bytes(self.bytes_moved), self.dma_checks);
-        println!("  guest           {} rounds, {} page state requests, {} DMAs driven, {} refused as they must be, {} verified", self.guest_rounds, self.guest_requests, self.guest_dma, self.guest_dma_refused, bytes(self.bytes_verified));
+        println!(
+            "  guest           {} rounds, {} page state requests, {} DMAs driven, {} refused as they must be, {} verified",
+            self.guest_rounds,
+            self.guest_requests,
+            self.guest_dma,
+            self.guest_dma_refused,
+            bytes(self.bytes_verified)
+        );
         if self.vm == "kvm" {
             println!("  vCPU exits      {}, stage 2 probed at {} pages", self.vcpu_exits, self.stage2_probes);
         }
@@ -166,7 +176,9 @@ impl Summary {
         println!("  differences     {}", self.differences);
         for found in &self.findings {
             println!("{:?}: {}: {} at {}", found.detector, found.invariant, found.what, found.span);
-            for (table, said) in [("IO page table", &found.io_page_table), ("secure world", &found.secure_world), ("stage 2", &found.stage2)] {
+            for (table, said) in
+                [("IO page table", &found.io_page_table), ("secure world", &found.secure_world), ("stage 2", &found.stage2)]
+            {
                 println!("    {table:<14} {} ({})", said.says, said.evidence);
             }
         }

@@ -6,7 +6,8 @@ use addr::Gpa;
 use backing::{Backing, Kind};
 use guest::{CONTROL, Features, IMAGE, Layout, Platform, STACK_TOP};
 use lockstep::kvm::{
-    Exit, HypercallInstruction, MemfdFlags, Memory, ProbeAt, Probed, Prober, SlotOptions, Start, Vcpu, Vm, hypercall_instruction, identity_tables,
+    Exit, HypercallInstruction, MemfdFlags, Memory, ProbeAt, Probed, Prober, SlotOptions, Start, Vcpu, Vm, hypercall_instruction,
+    identity_tables,
 };
 use lockstep::{GuestDma, KvmStage2, Stage2};
 use std::io;

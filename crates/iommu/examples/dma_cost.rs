@@ -1,4 +1,4 @@
-//! What translation and DMA cost. `cargo run --release -p lockstep-iommu-device --example cost`
+//! What translation and DMA cost. `cargo run --release -p lockstep-iommu-device --example dma_cost`
 
 use addr::{Address, Iova, Lg2, SizeSet, Span};
 use backing::{Backing, Frames, Words};

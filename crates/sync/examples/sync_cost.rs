@@ -1,4 +1,4 @@
-//! What the pieces cost when nobody is in the way. `cargo run --release -p lockstep-sync --example cost`
+//! What the pieces cost when nobody is in the way. `cargo run --release -p lockstep-sync --example sync_cost`
 
 use addr::{Page, Span};
 use lockstep_sync::{Readers, SpanLock, fail};
