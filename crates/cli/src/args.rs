@@ -18,6 +18,8 @@ pub(crate) struct Args {
 pub(crate) enum Command {
     /// Run a guest whose pages turn private and shared while devices do DMA, and prove the tables equal
     Run(RunArgs),
+    /// Measure this host: page tables, DMA, address spaces or conversions
+    Bench(BenchArgs),
 }
 
 #[derive(Clone, Debug, clap::Args)]
@@ -46,6 +48,42 @@ pub(crate) struct RunArgs {
     /// Plant a fault, which must be found; `list` prints their names
     #[arg(long = "break", value_name = "WHAT")]
     pub(crate) plant: Option<String>,
+}
+
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct BenchArgs {
+    /// What to measure
+    #[arg(value_enum)]
+    pub(crate) group: BenchGroup,
+    /// Print a JSON array of medians instead of a table
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Only rows whose name contains this
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    pub(crate) only: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BenchGroup {
+    /// IO page tables: map, unmap, walk, cut, merge
+    Pt,
+    /// Translation and copies beside a plain memcpy
+    Dma,
+    /// Mapping files and attaching domains
+    Ioas,
+    /// Page state changes
+    Convert,
+}
+
+impl From<BenchGroup> for workload::Group {
+    fn from(group: BenchGroup) -> Self {
+        match group {
+            BenchGroup::Pt => Self::Pt,
+            BenchGroup::Dma => Self::Dma,
+            BenchGroup::Ioas => Self::Ioas,
+            BenchGroup::Convert => Self::Convert,
+        }
+    }
 }
 
 impl RunArgs {

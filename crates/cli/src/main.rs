@@ -1,6 +1,7 @@
 //! The `lockstep` command.
 
 mod args;
+mod bench;
 mod run;
 
 use args::{Args, Command};
@@ -10,5 +11,6 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     match Args::parse().command {
         Command::Run(options) => run::main(&options),
+        Command::Bench(options) => bench::main(&options),
     }
 }

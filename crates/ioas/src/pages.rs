@@ -160,7 +160,7 @@ impl Pages {
     pub fn cut(&self, pages: Span<Page>, sizes: SizeSet, edit: &mut Edit) -> Result<(), Error> {
         for (part, area) in self.read().overlapping(pages) {
             let Some(iova) = part.intersect(pages).and_then(|part| area.iova_of(part)) else { continue };
-            for seat in area.seats().iter() {
+            for seat in area.seats().iter().filter(|seat| !seat.is_leaving()) {
                 let slot = edit.slot(&seat.domain);
                 slot.domain.table().cut(iova, sizes, &mut slot.stock)?;
             }

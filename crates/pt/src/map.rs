@@ -115,6 +115,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
     ///
     /// # Errors
     /// See [`MapError`].
+    #[inline]
     pub fn map(
         &self,
         iova: Span<Iova>,
@@ -125,20 +126,44 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
         gather: &mut Gather,
     ) -> Result<(), MapError> {
         let sizes = sizes.and(F::SIZES);
-        let mut job = Self::job(iova, oa, sizes)?;
-        let corrupt = if sync::fail::planted("pt.corrupt_leaf") { 1 << F::item_lg2(0) } else { 0 };
-        let plan = Job { ..job };
-        let first = job.next::<F>().ok_or(MapError::Misaligned { iova, oa, sizes })?;
-        if job.left == 0
-            && let Some(entries) = self.free_slots(first)
+        if let Some(only) = Self::one_leaf(iova, oa, sizes)
+            && let Some(entry) = self.free_slot(only)
         {
-            write_run::<F>(entries, first, perm, corrupt);
+            pause();
+            // Release, as everywhere: see `write_run`.
+            entry.store(F::leaf(only.level, only.size, only.oa, perm) ^ corrupt::<F>(), Ordering::Release);
+            return Ok(());
+        }
+        self.map_runs(Self::job(iova, oa, sizes)?, iova, perm, stock, gather)
+    }
+
+    /// The whole call as one leaf that fills one slot, when it is that.
+    #[inline(always)]
+    fn one_leaf(iova: Span<Iova>, oa: Oa, sizes: SizeSet) -> Option<Run> {
+        let mask = iova.last_offset();
+        let size = Lg2(mask.trailing_ones() as u8);
+        let fits = size.0 < 64 && mask >> size.0 == 0 && sizes.has(size) && (iova.start().get() | oa.get()) & mask == 0;
+        if !fits || oa.get() >> F::OUTPUT_LG2 != 0 {
+            return None;
+        }
+        let level = F::level_of(size);
+        (size.0 == F::item_lg2(level)).then(|| Run { at: iova.start(), oa, size, level, leaves: 1 })
+    }
+
+    /// The general way. Apart, so that a call that maps one leaf saves no registers for it.
+    #[inline(never)]
+    fn map_runs(&self, plan: Job, iova: Span<Iova>, perm: Perm, stock: &mut Stock<W>, gather: &mut Gather) -> Result<(), MapError> {
+        let mut job = Job { ..plan };
+        // The sizes lead from the smallest up, so there is always a first run.
+        if let Some(only) = job.next::<F>().filter(|_| job.left == 0)
+            && let Some(entries) = self.free_slots(only)
+        {
+            write_run::<F>(entries, only, perm, corrupt::<F>());
             return Ok(());
         }
         stock.reserve(self.survey(iova, Job { ..plan })?)?;
         self.grow(iova.last(), 0, stock)?;
-        let mut job = plan;
-        let mut corrupt = corrupt;
+        let (mut job, mut corrupt) = (plan, corrupt::<F>());
         while let Some(run) = job.next::<F>() {
             self.install_run(run, perm, corrupt, stock, gather)?;
             corrupt = 0;
@@ -170,8 +195,23 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
     }
 
     /// The slots where `run` goes, when their table stands and all of them are empty. Anything else is for the long way.
-    #[inline]
     fn free_slots(&self, run: Run) -> Option<&[AtomicU64]> {
+        let table = self.table_for(run)?;
+        let (first, slots) = run.slots::<F>();
+        let entries = &self.arena.entries(self.arena.table_at(table)?)[first..first + slots];
+        (entries.iter().fold(0, |all, entry| all | entry.load(Ordering::Relaxed)) == 0).then_some(entries)
+    }
+
+    /// The same for a run that is one slot.
+    #[inline(always)]
+    fn free_slot(&self, run: Run) -> Option<&AtomicU64> {
+        let entry = self.arena.entry_at(self.table_for(run)?, F::slot(run.at, run.level))?;
+        (entry.load(Ordering::Relaxed) == 0).then_some(entry)
+    }
+
+    /// The table that a run goes to, when it stands.
+    #[inline(always)]
+    fn table_for(&self, run: Run) -> Option<Oa> {
         let (mut table, mut level) = self.root();
         if run.at.get() > Self::reach(level) || level < run.level {
             return None;
@@ -181,9 +221,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
             let Entry::Table(below) = F::decode(entry, level) else { return None };
             (table, level) = (below, level - 1);
         }
-        let (first, slots) = run.slots::<F>();
-        let entries = &self.arena.entries(self.arena.table_at(table)?)[first..first + slots];
-        (entries.iter().fold(0, |all, entry| all | entry.load(Ordering::Relaxed)) == 0).then_some(entries)
+        Some(table)
     }
 
     /// The lowest table on the way to `at`, no lower than `level`. `None` when the tree does not reach that far; an error when a leaf or a
@@ -334,6 +372,12 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
             }
         }
     }
+}
+
+/// What a planted fault changes in the first leaf of a map; nothing otherwise.
+#[inline(always)]
+fn corrupt<F: Format>() -> u64 {
+    if sync::fail::planted("pt.corrupt_leaf") { 1 << F::item_lg2(0) } else { 0 }
 }
 
 /// Writes a run's leaves. Release: a device that sees a leaf sees what was done to its page before.

@@ -91,8 +91,10 @@ fn trusted_private_rule_in_order() {
     }
     let odd = Requester::Trusted { asid: 0, vmpl: Vmpl::V0, vtom };
     assert_eq!(read(odd, 1, 12), Some(Reason::WrongAsid));
-    let odd = Requester::Trusted { asid: ASID | 1 << 10, vmpl: Vmpl::V0, vtom };
-    assert_eq!(read(odd, 1, 12), Some(Reason::WrongAsid), "an ASID that spills over its field");
+    for bit in 10..32 {
+        let odd = Requester::Trusted { asid: ASID | 1 << bit, vmpl: Vmpl::V0, vtom };
+        assert_eq!(read(odd, 1, 12), Some(Reason::WrongAsid), "an ASID that spills over its field into bit {bit}");
+    }
     assert_eq!(reason(check(trusted(None), 1, 12, Gpa::new(gpa(1).get() | 1 << 62), Access::Read)), Some(Reason::WrongGpa));
     assert_eq!(reason(check(trusted(None), 1, 12, Gpa::new(gpa(1).get() | 1), Access::Read)), Some(Reason::WrongGpa));
 }

@@ -45,7 +45,10 @@ impl Oracle {
             return self.pages[page];
         }
         let mut first = self.pages[base(page)];
-        first.gfn += (page % 512) as u64;
+        // What firmware owns has no GPA to count up.
+        if first.asid != 0 {
+            first.gfn += (page % 512) as u64;
+        }
         first
     }
 
@@ -227,7 +230,12 @@ fn update() -> impl Strategy<Value = Op> {
         |(page, pagesize, asid, assigned, immutable)| {
             let page = if pagesize == RmpSize::M2 && page % 3 != 0 { page / 512 * 512 } else { page };
             let asid = if assigned || asid == 6 { asid } else { 0 };
-            place(page).prop_map(move |gpa| Op::Update(page, RmpState { gpa, assigned, pagesize, immutable, asid }))
+            place(page).prop_map(move |gpa| {
+                // What firmware shall own is mostly asked for as it must be.
+                let firmware = asid == 0 && assigned && gpa != Gpa::new(1 << 51);
+                let (gpa, immutable) = if firmware { (Gpa::new(0), true) } else { (gpa, immutable) };
+                Op::Update(page, RmpState { gpa, assigned, pagesize, immutable, asid })
+            })
         },
     )
 }

@@ -281,6 +281,10 @@ fn firmware_moves_pages_through_their_states() {
         assert_eq!(rmp.state(oa(1)), state);
         assert!(rmp.entry(oa(1)).assigned());
     }
+    let firmware = RmpState { gpa: Gpa::new(0), asid: 0, ..immutable(1, K4) };
+    rmp.rmpupdate(oa(1), firmware).unwrap();
+    assert_eq!(rmp.state(oa(1)), PageState::Firmware, "reclaimed and given again");
+    step(1, Command::PageReclaim).unwrap();
     rmp.rmpupdate(oa(1), RmpState::shared(K4)).unwrap();
 
     rmp.rmpupdate(oa(2), immutable(2, K4)).unwrap();
@@ -311,6 +315,10 @@ fn unsmash_takes_512_alike() {
         assert!(rmp.page_unsmash(oa(0)).is_err());
         rmp.rmpupdate(oa(page), immutable(page, K4)).unwrap();
     }
+    let [q1, q2] = rmp.raw(oa(300));
+    rmp.poke(oa(300), [q1, q2 | 0x100]);
+    assert_eq!(rmp.page_unsmash(oa(0)), Err(FirmwareError::NotUniform { at: oa(0), index: 300 }), "permissions differ");
+    rmp.poke(oa(300), [q1, q2]);
     rmp.page_unsmash(oa(0)).unwrap();
     assert_eq!(rmp.raw(oa(0)), [0x4028_0012_0000_0003, 0x1f]);
     assert_eq!(rmp.raw(oa(5)), [1, 0]);

@@ -127,6 +127,17 @@ fn slots_run_out_and_come_back() {
     let one_more = at(40, 0);
     assert!(matches!(add(&rmp, one_more, 1), Err(SegmentError::Full { .. })));
     assert!(!rmp.covers(one_more));
+    // What is known of a GiB with several segments is given back with them.
+    rmp.remove_segment(span(starts[0], M2)).unwrap();
+    rmp.remove_segment(span(starts[1], M2)).unwrap();
+    for gib in 100..2600 {
+        add(&rmp, at(gib, 0), 1).unwrap();
+        add(&rmp, at(gib, 1), 1).unwrap();
+        rmp.remove_segment(span(at(gib, 0), M2)).unwrap();
+        rmp.remove_segment(span(at(gib, 1), M2)).unwrap();
+    }
+    add(&rmp, starts[0], 1).unwrap();
+    add(&rmp, starts[1], 1).unwrap();
     rmp.remove_segment(span(starts[77], M2)).unwrap();
     add(&rmp, one_more, 1).unwrap();
     assert!(rmp.covers(one_more) && !rmp.covers(starts[77]) && rmp.covers(starts[78]));

@@ -1,0 +1,73 @@
+//! `lockstep bench`: the rows that the criterion benches run, sampled here, for users who want their own host's figures without a toolchain.
+
+use crate::args::BenchArgs;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+use std::process::ExitCode;
+use workload::{Figure, Group, Row, measure};
+
+/// One element of the JSON array; `ns` is the median.
+#[derive(Serialize)]
+struct Element {
+    name: &'static str,
+    format: &'static str,
+    ns: f64,
+    unit: &'static str,
+}
+
+/// The command. Exit status 2 when a row could not be set up or nothing was selected.
+pub(crate) fn main(options: &BenchArgs) -> ExitCode {
+    match run(options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("lockstep: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(options: &BenchArgs) -> Result<(), workload::Error> {
+    let rows: Vec<Row> = Group::from(options.group).rows().into_iter().filter(|row| row.name.contains(&options.only)).collect();
+    if rows.is_empty() {
+        let names: Vec<_> = Group::from(options.group).rows().iter().map(|row| row.name).collect();
+        return Err(format!("no row's name contains '{}'; there are {}", options.only, names.join(", ")).into());
+    }
+    // Draws on a terminal only.
+    let bar = ProgressBar::new(rows.len() as u64);
+    bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len}  {msg}").unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let mut elements = Vec::with_capacity(rows.len());
+    if !options.json {
+        bar.suspend(|| println!("{:<40} {:<6} {:>12} {:>12}  {:<4} {:>14}", "name", "format", "best ns", "median ns", "per", "per second"));
+    }
+    for row in &rows {
+        bar.set_message(row.name);
+        let mut work = row.make().map_err(|error| format!("{}: {error}", row.name))?;
+        let figure = measure(row, work.as_mut());
+        if !options.json {
+            bar.suspend(|| print(row, &figure, work.note()));
+        }
+        elements.push(Element { name: row.name, format: row.format, ns: round(figure.median_ns), unit: row.unit.name() });
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    if options.json {
+        println!("{}", serde_json::to_string_pretty(&elements)?);
+    }
+    Ok(())
+}
+
+fn print(row: &Row, figure: &Figure, note: Option<String>) {
+    let Figure { best_ns, median_ns, .. } = figure;
+    let (name, format, unit) = (row.name, row.format, row.unit.name());
+    let line = format!(
+        "{name:<40} {format:<6} {best_ns:>12.2} {median_ns:>12.2}  {unit:<4} {:>14.0}  {}",
+        1e9 / median_ns,
+        note.unwrap_or_default()
+    );
+    println!("{}", line.trim_end());
+}
+
+/// Picoseconds are noise.
+fn round(ns: f64) -> f64 {
+    (ns * 1000.0).round() / 1000.0
+}

@@ -1,0 +1,142 @@
+//! Page state changes: one page out of a 1 GiB leaf, and batches as large as a guest can ask for. The link keeps the attributes itself
+//! ([`RecordedStage2`]) and nothing audits, so this is the cost of the transaction without KVM.
+
+use crate::{Error, Row, Unit, Work, batches, choices};
+use addr::{Gpa, Iova, Span};
+use backing::{Backing, Frames};
+use iommu::Access;
+use lockstep::{Change, Config, Device, Dma, GuestDma, Owner, RecordedStage2, Trust};
+use std::hint::black_box;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+const K4: u64 = 4 << 10;
+const G1: u64 = 1 << 30;
+/// Entries of one page state change request (GHCB).
+const BATCH: u64 = 253;
+
+macro_rules! row {
+    ($name:literal, $unit:expr, $make:expr) => {
+        Row { name: $name, format: "amdv1", unit: $unit, make: || $make }
+    };
+}
+
+/// Its rows.
+pub fn rows() -> Vec<Row> {
+    let pages = Unit::Page(BATCH);
+    vec![
+        row!("convert_1_in_1g_shared_leaf", Unit::Call, one_page(false)),
+        row!("convert_1_in_1g_shared_leaf_busy_reader", Unit::Call, one_page(true)),
+        row!("convert_4k_batch253_to_private", pages, batch(in_a_row(), Owner::Private)),
+        row!("convert_4k_batch253_to_shared", pages, batch(in_a_row(), Owner::Shared)),
+        row!("convert_4k_spread253_to_private", pages, batch(spread(), Owner::Private)),
+        row!("convert_4k_spread253_to_shared", pages, batch(spread(), Owner::Shared)),
+    ]
+}
+
+/// A guest of 1 GiB, all of it shared, in one leaf of the IO page table of one device.
+struct Machine {
+    guest: GuestDma,
+    device: Arc<Device>,
+}
+
+impl Machine {
+    fn new() -> Result<Self, Error> {
+        let iommu = iommu::Config { table_bytes: 1 << 30, ..iommu::Config::default() };
+        let guest = GuestDma::new(&Config { iommu, ..Config::default() }, Arc::new(RecordedStage2::new()))?;
+        guest.add_memory(Gpa::new(0), G1, &Backing::memfd(G1, Frames::Contiguous)?, 0)?;
+        let device = guest.add_device("bench", Trust::Untrusted)?;
+        Ok(Self { guest, device })
+    }
+
+    fn convert(&self, changes: &[Change]) {
+        let done = self.guest.convert(black_box(changes)).expect("nothing refuses these pages");
+        assert_eq!(done.pages, changes.len() as u64);
+    }
+}
+
+fn changes(pages: &[u64], to: Owner) -> Vec<Change> {
+    let page = |page: &u64| Span::of(Gpa::new(page * K4), Gpa::new(page * K4 + (K4 - 1)));
+    pages.iter().map(|at| Change { span: page(at), to }).collect()
+}
+
+/// What a guest asks for that gives away about a megabyte, page by page.
+fn in_a_row() -> Vec<u64> {
+    (0x1_2345..0x1_2345 + BATCH).collect()
+}
+
+/// All over the guest.
+fn spread() -> Vec<u64> {
+    let mut pages = choices(2 * BATCH as usize, G1 / K4);
+    pages.sort_unstable();
+    pages.dedup();
+    pages.truncate(BATCH as usize);
+    pages
+}
+
+/// Batches to one owner; the way back is off the clock.
+fn batch(pages: Vec<u64>, to: Owner) -> Result<Box<dyn Work>, Error> {
+    let mut machine = Machine::new()?;
+    let back = if to == Owner::Private { Owner::Shared } else { Owner::Private };
+    let (there, back) = (changes(&pages, to), changes(&pages, back));
+    if to == Owner::Shared {
+        machine.convert(&back);
+    }
+    Ok(Box::new(move |times| {
+        batches(&mut machine, times, 1, |_, _| {}, |machine, _| machine.convert(&there), |machine, _| machine.convert(&back))
+    }))
+}
+
+/// One page becomes private, and with it a leaf of 1 GiB many small ones; shared again, they are merged off the clock.
+struct OnePage {
+    machine: Machine,
+    there: Vec<Change>,
+    back: Vec<Change>,
+    reader: Option<(Arc<AtomicBool>, JoinHandle<()>)>,
+}
+
+fn one_page(busy: bool) -> Result<Box<dyn Work>, Error> {
+    let machine = Machine::new()?;
+    let page = [0x1_2345];
+    let mut work = OnePage { there: changes(&page, Owner::Private), back: changes(&page, Owner::Shared), machine, reader: None };
+    if busy {
+        let mut dma = Dma::new(&work.machine.device)?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let read = move || {
+            while !stopped.load(Ordering::Relaxed) {
+                // A page whose translation changes its size with every conversion, and never goes.
+                assert!(dma.translate(Iova::new(0x1_2346 * K4), Access::Read).is_ok(), "a neighbour lost its translation");
+            }
+        };
+        work.reader = Some((stop, std::thread::Builder::new().name("reader".into()).spawn(read)?));
+    }
+    Ok(Box::new(work))
+}
+
+impl Work for OnePage {
+    fn run(&mut self, times: u64) -> Duration {
+        let undo = |work: &mut Self, _| {
+            work.machine.convert(&work.back);
+            work.machine.guest.merge(Gpa::new(0), G1 / K4);
+        };
+        batches(self, times, 1, |_, _| {}, |work, _| work.machine.convert(&work.there), undo)
+    }
+
+    fn note(&self) -> Option<String> {
+        let (cuts, merges) = self.machine.guest.cuts_and_merges();
+        Some(format!("{cuts} cuts, {merges} merges"))
+    }
+}
+
+impl Drop for OnePage {
+    fn drop(&mut self) {
+        if let Some((stop, thread)) = self.reader.take() {
+            stop.store(true, Ordering::Relaxed);
+            // Its panic has been printed.
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! One page table with memory of its own, touched beforehand, and calls into it that are real calls: nothing of them is inlined into a
+//! loop that measures, as nothing of a kernel's is.
+
+use crate::Error;
+use addr::{Iova, Oa, SizeSet, Span};
+use backing::Words;
+use iommu::{IoArena, IoTable};
+use pt::{Gather, Perm, Stock};
+use std::sync::Arc;
+
+/// Output addresses begin here: aligned to every leaf size in use.
+pub(crate) const OA: u64 = 1 << 40;
+const TABLES_AT: Oa = Oa::new(1 << 32);
+/// A table, and its link in the arena.
+const WORDS_PER_TABLE: usize = 513;
+
+pub(crate) struct Tree {
+    pub(crate) table: IoTable,
+    arena: Arc<IoArena>,
+    stock: Stock<Words>,
+}
+
+impl Tree {
+    /// Room for `tables` tables, all of them touched if `warm`.
+    pub(crate) fn new(tables: usize, warm: bool) -> Result<Self, Error> {
+        let words = Words::new(tables * WORDS_PER_TABLE)?;
+        if warm {
+            words.prefault()?;
+        }
+        let arena = IoArena::new(words, TABLES_AT, 9);
+        Ok(Self { table: IoTable::new(Arc::clone(&arena))?, stock: Stock::new(&arena), arena })
+    }
+
+    /// Maps `len` bytes, and ends the edit without invalidation and grace.
+    ///
+    /// # Panics
+    /// When something is there already: the work is wrong then.
+    #[inline(never)]
+    pub(crate) fn map(&mut self, at: u64, len: u64, oa: u64, sizes: SizeSet) {
+        let mut gather = Gather::new();
+        let done = self.table.map(span(at, len), Oa::new(oa), Perm::RW, sizes, &mut self.stock, &mut gather);
+        gather.finish(&self.arena, |_| {});
+        assert!(done.is_ok(), "map of {len:#x} bytes at {at:#x}: {done:?}");
+    }
+
+    /// Unmaps `len` bytes, and ends the edit without invalidation and grace.
+    #[inline(never)]
+    pub(crate) fn unmap(&mut self, at: u64, len: u64) {
+        let mut gather = Gather::new();
+        let crossing = self.table.unmap(span(at, len), &mut gather);
+        gather.finish(&self.arena, |_| {});
+        debug_assert!(crossing.is_none(), "{crossing:?} sticks out of {len:#x} bytes at {at:#x}");
+    }
+
+    /// The output address of one input address.
+    #[inline(never)]
+    pub(crate) fn walk(&self, at: u64) -> u64 {
+        let at = Iova::new(at);
+        self.table.walk(at).map_or(0, |leaf| leaf.oa_of(at).get())
+    }
+
+    /// Cuts the leaf around `at` so that 4 KiB stand alone.
+    #[inline(never)]
+    pub(crate) fn cut(&mut self, at: u64) {
+        let done = self.table.cut(span(at, 4096), SizeSet::ALL, &mut self.stock);
+        assert!(done.is_ok(), "cut at {at:#x}: {done:?}");
+    }
+
+    /// Joins what can be joined.
+    #[inline(never)]
+    pub(crate) fn merge(&mut self, at: u64, len: u64) {
+        let mut gather = Gather::new();
+        self.table.merge(span(at, len), SizeSet::ALL, &mut gather);
+        gather.finish(&self.arena, |_| {});
+    }
+
+    /// Takes tables out of the arena, so that an edit finds them.
+    pub(crate) fn stock(&mut self, tables: u32) {
+        let done = self.stock.reserve(tables);
+        assert!(done.is_ok(), "{done:?}");
+    }
+}
+
+/// `len` bytes from `at`, which do not wrap.
+#[inline(always)]
+pub(crate) fn span(at: u64, len: u64) -> Span<Iova> {
+    Span::of(Iova::new(at), Iova::new(at + (len - 1)))
+}
