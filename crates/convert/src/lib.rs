@@ -15,15 +15,17 @@ mod plan;
 mod policy;
 pub mod psc;
 mod raw_walk;
+mod report;
 mod space;
 mod stage2;
 mod stages;
 mod switch;
 
-pub use audit::{AuditReport, Auditor, Difference, Says};
+pub use audit::Auditor;
 pub use error::{ConvertError, Step};
 pub use policy::{Policy, PolicyRule};
 pub use raw_walk::{RawLeaf, RawOddity, RawTree, read_tree};
+pub use report::{AuditReport, Difference, Says};
 pub use space::{Counters, Space, SpaceError, Transition};
 pub use stage2::{Evidence, RecordedStage2, Stage2, Stage2Error};
 pub use stages::{Conversion, Done};

@@ -4,7 +4,7 @@ use crate::arena::TableId;
 use crate::atomic::{AtomicU64, Ordering};
 use crate::table::{group, wipe};
 use crate::{Entry, Format, Gather, Leaf, Table};
-use addr::{Address, Iova, Oa, Span};
+use addr::{Address, Iova, Span};
 use core::ops::Deref;
 use sync::pause::pause;
 
@@ -13,41 +13,53 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
     /// [`Gather::finish`] before it lets anyone reuse the pages.
     ///
     /// A leaf that sticks out of the span is left alone; the first such leaf is the answer. [`Table::cut`] the span first to have none.
-    #[inline]
     pub fn unmap(&self, span: Span<Iova>, gather: &mut Gather) -> Option<Leaf> {
+        if let Some(entry) = self.only_leaf(span) {
+            gather.add(span);
+            pause();
+            entry.store(0, Ordering::Relaxed);
+            return None;
+        }
+        self.unmap_all(span, gather)
+    }
+
+    /// The slot of the leaf that is all of `span`, when one leaf in one slot is.
+    #[inline(always)]
+    fn only_leaf(&self, span: Span<Iova>) -> Option<&AtomicU64> {
+        let (mut table, mut level) = self.root();
+        let (start, last) = (span.start().get(), span.last().get());
+        if last > Self::reach(level) {
+            return None;
+        }
+        loop {
+            let item = F::item_lg2(level);
+            let entry = self.arena.entry_at(table, F::slot(span.start(), level))?;
+            match F::decode(entry.load(Ordering::Acquire), level) {
+                Entry::Table(below) if level > 0 => (table, level) = (below, level - 1),
+                Entry::Leaf { size, .. } if size.0 == item && start ^ last == size.bytes() - 1 && start >> item << item == start => {
+                    return Some(entry);
+                }
+                _ => return None,
+            }
+        }
+    }
+
+    /// The general way. Apart, so that a call that takes out one leaf saves no registers for it.
+    #[inline(never)]
+    fn unmap_all(&self, span: Span<Iova>, gather: &mut Gather) -> Option<Leaf> {
         let (mut table, mut level) = self.root();
         let part = span.intersect(Self::whole(level))?;
         gather.add(part);
-        // Straight down while all of the span lies below one slot, and is less than what that slot covers.
-        let (start, last) = (part.start().get(), part.last().get());
-        let inside = loop {
-            let below = (1 << F::item_lg2(level)) - 1;
-            if (start ^ last) & !below != 0 {
-                break false;
-            }
-            let all = start & below == 0 && last & below == below;
-            if all || level == 0 {
-                break all;
+        // Straight down while all of the span lies below one slot.
+        while level > 0 {
+            let below = Span::block(part.start(), F::item_lg2(level));
+            if !below.covers(part) || part.covers(below) {
+                break;
             }
             let entry = self.arena.entry_at(table, F::slot(part.start(), level))?.load(Ordering::Acquire);
-            let Entry::Table(below) = F::decode(entry, level) else { break false };
+            let Entry::Table(below) = F::decode(entry, level) else { break };
             (table, level) = (below, level - 1);
-        };
-        // One slot, with a leaf that fills just this slot.
-        if inside && part == span {
-            let entry = self.arena.entry_at(table, F::slot(part.start(), level))?;
-            if matches!(F::decode(entry.load(Ordering::Acquire), level), Entry::Leaf { size, .. } if size.0 == F::item_lg2(level)) {
-                pause();
-                entry.store(0, Ordering::Relaxed);
-                return None;
-            }
         }
-        self.unmap_below(table, level, part, span, gather)
-    }
-
-    /// Apart, so that a call that takes out one leaf saves no registers for it.
-    #[inline(never)]
-    fn unmap_below(&self, table: Oa, level: u8, part: Span<Iova>, span: Span<Iova>, gather: &mut Gather) -> Option<Leaf> {
         let mut crossing = None;
         self.clear(self.arena.table_at(table)?, level, part, span, gather, &mut crossing);
         crossing

@@ -129,18 +129,39 @@ impl Work for Translate {
     }
 }
 
+/// Memory that was written and begins on a page, as the guest's does: copies depend on how the two sides are aligned to each other.
+struct Buffer {
+    memory: Vec<u8>,
+    first: usize,
+}
+
+impl Buffer {
+    fn new() -> Self {
+        let memory = vec![0x5a; (TARGET_BYTES + K4) as usize];
+        Self { first: memory.as_ptr().align_offset(K4 as usize).min(K4 as usize), memory }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &self.memory[self.first..][..TARGET_BYTES as usize]
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.memory[self.first..][..TARGET_BYTES as usize]
+    }
+}
+
 fn dma_write(len: u64) -> Result<Box<dyn Work>, Error> {
     let memory = Backing::memfd(2 << 20, Frames::Contiguous)?;
     let (guest, mut dma) = machine(&memory, 1 << 14)?;
-    let source = vec![0x5a; TARGET_BYTES as usize];
-    dma.write(Iova::new(0), &source)?;
+    let source = Buffer::new();
+    dma.write(Iova::new(0), source.bytes())?;
     Ok(Box::new(move |times| {
         // It keeps the memory mapped.
         let _guest = &guest;
         timed(|| {
             let mut at = 0;
             for _ in 0..times {
-                let done = dma.write(Iova::new(black_box(at)), black_box(&source[..len as usize]));
+                let done = dma.write(Iova::new(black_box(at)), black_box(&source.bytes()[..len as usize]));
                 assert!(done.is_ok(), "{done:?}");
                 at = (at + len) % TARGET_BYTES;
             }
@@ -149,15 +170,16 @@ fn dma_write(len: u64) -> Result<Box<dyn Work>, Error> {
 }
 
 fn memcpy(len: u64) -> Result<Box<dyn Work>, Error> {
-    let source = vec![0x5a_u8; TARGET_BYTES as usize];
-    let mut target = source.clone();
+    let source = Buffer::new();
+    let mut target = Buffer::new();
     Ok(Box::new(move |times| {
         timed(|| {
             let mut at = 0;
             for _ in 0..times {
                 let at_now = black_box(at) as usize;
-                target[at_now..at_now + len as usize].copy_from_slice(black_box(&source[..len as usize]));
-                black_box(&mut target);
+                let to = &mut target.bytes_mut()[at_now..at_now + len as usize];
+                to.copy_from_slice(black_box(&source.bytes()[..len as usize]));
+                black_box(to);
                 at = (at + len) % TARGET_BYTES;
             }
         })
