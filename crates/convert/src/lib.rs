@@ -7,7 +7,7 @@
 //! - *stage*: how far a conversion has come; each stage is a type that can only become the next ([`Conversion`]).
 //! - *policy*: what devices may have mapped, per IOAS ([`Policy`]).
 //! - *audit*: a second walker reads the IO page tables' bytes and the RMP's, and holds them against each other and against what stage 2 was
-//!   told ([`audit`]).
+//!   told ([`Auditor`]).
 
 mod audit;
 mod error;

@@ -141,7 +141,7 @@ pub mod error {
     pub const BAD_CONTROL: u64 = 0xbad0;
     /// The host moved a list's `cur_entry` back, or changed its end.
     pub const BACKWARDS: u64 = 0xbad1;
-    /// A list was not done after [`SUBMIT_TRIES`](super::SUBMIT_TRIES) requests.
+    /// A list was not done after `SUBMIT_TRIES` requests.
     pub const STUCK: u64 = 0xbad2;
     /// A refused list was changed.
     pub const LIST_CHANGED: u64 = 0xbad3;

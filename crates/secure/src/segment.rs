@@ -13,9 +13,9 @@ const LOCK: u64 = 1 << 63;
 pub(crate) const TOUCHED: u64 = 1 << 62;
 /// In a summary word: the number of assigned pages.
 pub(crate) const COUNT: u64 = (1 << 32) - 1;
-/// How often a writer looks at a lock before it gives up with FAIL_INUSE: some hundred milliseconds, so that a holder that lost its CPU
-/// for a while makes nobody fail.
-const SPINS: u32 = 1 << 23;
+/// How often a writer looks at a lock before it gives up with FAIL_INUSE: some hundred milliseconds. A lock is held for less than a
+/// microsecond; longer only by a writer that lost its CPU, and without an operating system below nobody can sleep until it has it back.
+const SPINS: u32 = 1 << 22;
 /// Pages in a group.
 pub(crate) const GROUP_PAGES: usize = 512;
 

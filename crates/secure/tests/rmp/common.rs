@@ -1,7 +1,7 @@
 //! A small table and the few words that every test of it uses.
 
 use addr::{Gpa, Oa, Span};
-use lockstep_secure::{Pvalidate, Rmp, RmpSize, RmpState, Vmpl};
+use lockstep_secure::{Code, Pvalidate, PvalidateError, Rmp, RmpSize, RmpState, Vmpl};
 use std::sync::atomic::AtomicU64;
 
 pub(crate) type Table = Rmp<Box<[AtomicU64]>>;
@@ -41,9 +41,24 @@ pub(crate) fn leaf(page: u64, lg2: u8) -> Span<Oa> {
     Span::block(oa(page), lg2)
 }
 
+/// Until the group's lock is free: a writer that lost its CPU may keep others out for longer than they are ready to wait.
+pub(crate) fn done<T>(mut attempt: impl FnMut() -> Result<T, Code>) -> T {
+    loop {
+        match attempt() {
+            Err(Code::FailInUse) => std::thread::yield_now(),
+            result => return result.unwrap(),
+        }
+    }
+}
+
 /// The page becomes Guest-Invalid.
 pub(crate) fn assign(rmp: &Table, page: u64, size: RmpSize) {
-    rmp.rmpupdate(oa(page), RmpState::private(gpa(page), size, ASID)).unwrap();
+    done(|| rmp.rmpupdate(oa(page), RmpState::private(gpa(page), size, ASID)));
+}
+
+/// The page becomes the hypervisor's.
+pub(crate) fn share(rmp: &Table, page: u64, size: RmpSize) {
+    done(|| rmp.rmpupdate(oa(page), RmpState::shared(size)));
 }
 
 /// PVALIDATE as the page's owner would execute it.
@@ -54,7 +69,10 @@ pub(crate) fn pvalidate(page: u64, size: RmpSize, validate: bool) -> Pvalidate {
 /// The page becomes Guest-Valid.
 pub(crate) fn assign_valid(rmp: &Table, page: u64, size: RmpSize) {
     assign(rmp, page, size);
-    rmp.pvalidate(pvalidate(page, size, true)).unwrap();
+    done(|| match rmp.pvalidate(pvalidate(page, size, true)) {
+        Err(PvalidateError::Fail(code)) => Err(code),
+        result => Ok(result.unwrap()),
+    });
 }
 
 /// Every summary says what the entries say.

@@ -285,6 +285,8 @@ fn firmware_moves_pages_through_their_states() {
     rmp.rmpupdate(oa(1), firmware).unwrap();
     assert_eq!(rmp.state(oa(1)), PageState::Firmware, "reclaimed and given again");
     step(1, Command::PageReclaim).unwrap();
+    rmp.rmpupdate(oa(1), firmware).unwrap();
+    step(1, Command::PageReclaim).unwrap();
     rmp.rmpupdate(oa(1), RmpState::shared(K4)).unwrap();
 
     rmp.rmpupdate(oa(2), immutable(2, K4)).unwrap();

@@ -111,7 +111,7 @@ fn a_split_is_one_event_for_dma() {
             }
             phases.next();
             for page in 0..512 {
-                rmp.rmpupdate(oa(page), RmpState::shared(K4)).unwrap();
+                share(&rmp, page, K4);
             }
         }
         drop(end);
@@ -154,7 +154,7 @@ fn ownership_is_seen_at_once_by_leaves_of_every_size() {
                 // Not page 300, nor its 16 KiB.
                 page = (page + 37) % 290;
                 assign_valid(&rmp, page, K4);
-                rmp.rmpupdate(oa(page), RmpState::shared(K4)).unwrap();
+                share(&rmp, page, K4);
             }
         });
         for round in phases.rounds(15_000) {
@@ -164,7 +164,7 @@ fn ownership_is_seen_at_once_by_leaves_of_every_size() {
                 thread::yield_now();
             }
             phases.next();
-            rmp.rmpupdate(oa(300), RmpState::shared(K4)).unwrap();
+            share(&rmp, 300, K4);
             phases.next();
             if round % 64 == 32 {
                 thread::yield_now();
@@ -233,7 +233,7 @@ fn no_split_lets_a_first_page_speak_for_another() {
             assign_valid(&rmp, 0, BIG);
             rmp.psmash(oa(0)).unwrap();
             for page in 0..512 {
-                rmp.rmpupdate(oa(page), RmpState::shared(K4)).unwrap();
+                share(&rmp, page, K4);
             }
         }
         drop(end);
@@ -251,7 +251,12 @@ fn no_validation_is_lost_in_a_split() {
             let mut answers = Vec::new();
             for _ in 0..ROUNDS {
                 barrier.wait();
-                answers.push(rmp.pvalidate(pvalidate(0, BIG, true)));
+                answers.push(loop {
+                    match rmp.pvalidate(pvalidate(0, BIG, true)) {
+                        Err(PvalidateError::Fail(Code::FailInUse)) => thread::yield_now(),
+                        answer => break answer,
+                    }
+                });
                 barrier.wait();
                 barrier.wait();
             }
@@ -261,11 +266,11 @@ fn no_validation_is_lost_in_a_split() {
         for _ in 0..ROUNDS {
             assign(&rmp, 0, BIG);
             barrier.wait();
-            rmp.psmash(oa(0)).unwrap();
+            done(|| rmp.psmash(oa(0)));
             barrier.wait();
             valid.push((0..512).filter(|&page| rmp.entry(oa(page)).validated()).count());
             for page in 0..512 {
-                rmp.rmpupdate(oa(page), RmpState::shared(K4)).unwrap();
+                share(&rmp, page, K4);
             }
             barrier.wait();
         }
