@@ -6,6 +6,14 @@ mod common;
 use common::*;
 use lockstep_backing::{Backing, Error, Frames, HostAddr, Kind, PageState, UserRegion};
 use rustix::mm::{MapFlags, ProtFlags};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// One test unmaps what is still adopted, and nothing else may be mapped there before it lets go: the others wait.
+static ADOPTING: Mutex<()> = Mutex::new(());
+
+fn adopting() -> MutexGuard<'static, ()> {
+    ADOPTING.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Memory that no Rust reference knows.
 fn mapping(len: usize, flags: MapFlags) -> *mut u8 {
@@ -15,6 +23,7 @@ fn mapping(len: usize, flags: MapFlags) -> *mut u8 {
 
 #[test]
 fn new_memory() {
+    let _one = adopting();
     let region = UserRegion::new(4 << 20).unwrap();
     let (start, len) = (region.hva(), region.len_bytes());
     let backing = Backing::user(region, Frames::Scattered { seed: 3 }).unwrap();
@@ -34,6 +43,7 @@ fn new_memory() {
 
 #[test]
 fn adopted_memory_is_used_in_place() {
+    let _one = adopting();
     for flags in [MapFlags::PRIVATE, MapFlags::SHARED] {
         // Twice as long as what is adopted: what lies behind is there, and must not be reached.
         let start = mapping(2 * M2 as usize, flags);
@@ -63,6 +73,7 @@ fn adopted_memory_is_used_in_place() {
 
 #[test]
 fn an_address_of_adopted_memory_dies_with_the_region() {
+    let _one = adopting();
     let start = mapping(M2 as usize, MapFlags::PRIVATE);
     // SAFETY: only raw accesses touch it.
     let adopt = || unsafe { UserRegion::adopt(start, M2) };
@@ -80,6 +91,7 @@ fn an_address_of_adopted_memory_dies_with_the_region() {
 
 #[test]
 fn what_cannot_be_adopted() {
+    let _one = adopting();
     let backing = Backing::memfd(M2, Frames::Contiguous).unwrap();
     let window = backing.linear_hva().unwrap().get() as usize;
     for (start, len) in [(0x1000_0001, K4), (0x1000_0000, 0), (0x1000_0000, 5), (usize::MAX & !4095, 2 * K4)] {
