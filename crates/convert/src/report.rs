@@ -77,15 +77,4 @@ impl AuditReport {
             self.differences.push(difference);
         }
     }
-
-    /// Adds what another audit found.
-    pub fn absorb(&mut self, other: Self) {
-        self.leaves += other.leaves;
-        self.tables += other.tables;
-        self.entries += other.entries;
-        self.pages += other.pages;
-        self.count += other.count;
-        let room = Self::LIMIT - self.differences.len().min(Self::LIMIT);
-        self.differences.extend(other.differences.into_iter().take(room));
-    }
 }

@@ -7,6 +7,7 @@ use crate::run::vcpu::{self, KvmGuest};
 use crate::run::{balloon, guest_findings};
 use addr::{Gpa, PAGE_BYTES, Span};
 use backing::{Backing, PageState};
+use convert::{Auditor, Evidence, Says};
 use guest::{Layout, Report, Setup};
 use lockstep::{Config, Device, EngineDevice, GuestDma, Policy, RecordedStage2, Stage2, Tdisp, Trust};
 use std::sync::Arc;
@@ -162,8 +163,12 @@ impl Machine {
             let mut bytes = [0; 8];
             self.dma.read(*gpa, &mut bytes)?;
             if seen != Some(u64::from_le_bytes(bytes)) {
-                let what = format!("a vCPU reads {seen:x?}, the bytes at the output address are {:#x}", u64::from_le_bytes(bytes));
-                checks.find_at(&self.dma, Detector::Probe, *gpa, "I-11", &what);
+                let what = "a vCPU reads something else than the bytes at the output address";
+                let mut difference = Auditor::new(self.dma.space()).describe(self.dma.ioas(), *gpa, "I-11", what);
+                let says =
+                    format!("{gpa:?} leads a vCPU to {seen:x?}, the bytes at the output address are {:#x}", u64::from_le_bytes(bytes));
+                difference.stage2 = Says { evidence: Evidence::Probed, what: says };
+                checks.find(Detector::Probe, difference);
             }
             add(&checks.probes, 1);
         }
@@ -200,7 +205,7 @@ fn watch_transitions(dma: &Arc<GuestDma>, checks: &Arc<Checks>) {
     let (space, checks) = (Arc::downgrade(dma.space()), Arc::clone(checks));
     dma.space().on_transition(move |transition| {
         if let Some(space) = space.upgrade() {
-            checks.take(convert::Auditor::new(&space).check_transition(transition));
+            checks.take(Auditor::new(&space).check_transition(transition));
             add(&checks.transitions, 1);
         }
     });

@@ -47,7 +47,6 @@ pub(crate) struct Summary {
     differences: u64,
     page_table_bytes: u64,
     rmp_bytes: u64,
-    rmp_bytes_per_page: u64,
     findings: Vec<Found>,
     missing: Vec<&'static str>,
 }
@@ -110,7 +109,6 @@ impl Summary {
             differences,
             page_table_bytes: u64::from(machine.dma.iommu().arena().tables_in_use()) * machine.dma.iommu().arena().table_bytes(),
             rmp_bytes: machine.dma.rmp().bytes(),
-            rmp_bytes_per_page: 16,
             findings: findings.iter().map(Found::new).collect(),
             missing: Vec::new(),
         };
