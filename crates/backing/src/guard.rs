@@ -74,7 +74,7 @@ impl Backing {
     /// As [`Backing::lock`] for several spans, ascending and apart.
     #[inline]
     pub fn lock_many(&self, spans: &[Span<Page>]) -> SpanGuard<'_> {
-        let rank = rank::enter_ordered(Rank::PagesSpan, self.id().get().into());
+        let rank = rank::enter_ordered(Rank::PagesSpan, self.id().get());
         SpanGuard { backing: self, held: self.lock.lock_many(spans), pledge: Cell::new(0), _rank: rank }
     }
 

@@ -1,10 +1,12 @@
 //! Where pages come from, and the simulated physical space they are seen in.
 //!
-//! - *backing*: one object that has pages: a guest_memfd, a memfd, a stretch of this process's memory, or nothing at all (simulated).
+//! - *backing*: one object that has pages: a guest_memfd, a memfd, a stretch of this process's memory, memory of
+//!   somebody else (foreign), or nothing at all (simulated).
 //! - *page*: 4 KiB of it, by index.
 //! - *window*: the span of output addresses (OA) that a backing occupies; see [`OA_BASE`]. User space has no physical addresses, so these are ours.
 //! - *frame*: 4 KiB of a window. Pages lie in frames in a row, or scattered ([`Frames`]).
 //! - *state*: whether a page is shared, private, or absent ([`PageState`]). Changed only by who holds the page ([`Backing::lock`]).
+//! - *owner*: who has the pages of a *foreign* backing, and keeps them in place while they are pinned ([`Owner`]).
 //! - *listener*: who has mapped pages and must let go of them when they leave ([`Listener`]).
 //! - *punch*: pages go back to the host. *Populate*: they come back, zeroed.
 //!
@@ -24,20 +26,27 @@
 
 mod backing;
 mod error;
+mod file;
 mod frames;
 mod guard;
+mod name;
+mod owner;
 mod raw;
 mod recheck;
 mod reservation;
 mod revoke;
+mod slots;
 mod states;
 mod user;
 mod window;
 
 pub use backing::{Backing, BackingId, HostSpace, Kind};
 pub use error::{Error, RestoreError};
+pub use file::{file_kind, file_words};
 pub use frames::{Frames, Layout};
 pub use guard::SpanGuard;
+pub use name::PageName;
+pub use owner::{Owner, PinError};
 pub use raw::{CopyFault, HostAddr, Words};
 pub use recheck::Recheck;
 pub use revoke::Listener;

@@ -42,7 +42,7 @@ impl Backing {
             let held = self.lock(chunk);
             let end = self.end_of_file()?;
             if end <= self.pages().last() {
-                found.truncated_to = self.file.as_ref().map(|source| source.size()).transpose()?;
+                found.truncated_to = self.memory.file.as_ref().map(|source| source.size()).transpose()?;
             }
             let mut lost = Vec::new();
             if found.holes_seen {
@@ -101,7 +101,7 @@ impl Backing {
 
     /// Shows the runs of pages with and without memory, ascending.
     fn each_residency(&self, chunk: Span<Page>, mut show: impl FnMut(Span<Page>, bool) -> Result<(), Error>) -> Result<(), Error> {
-        let mapping = self.mapping.as_ref().filter(|_| self.sees_holes());
+        let mapping = self.memory.mapping.as_ref().filter(|_| self.sees_holes());
         let mapping = mapping.ok_or(Error::Unsupported { kind: self.kind(), what: "tell where its holes are" })?;
         let mut pages = [0u8; 1 << CHUNK_LG2];
         let pages = &mut pages[..chunk.len() as usize];
@@ -120,12 +120,12 @@ impl Backing {
     /// mincore answers for the page cache where there is one. Of private memory and of huge pages it only knows what this process has
     /// touched.
     fn sees_holes(&self) -> bool {
-        self.kind() != Kind::HugeMemfd && self.mapping.as_ref().is_some_and(|mapping| !mapping.is_adopted())
+        self.kind() != Kind::HugeMemfd && self.memory.mapping.as_ref().is_some_and(|mapping| !mapping.is_adopted())
     }
 
     /// The first page that the file, as it is now, does not hold whole.
     fn end_of_file(&self) -> Result<Page, Error> {
-        let Some(source) = &self.file else { return Ok(Page::new(u64::MAX)) };
+        let Some(source) = &self.memory.file else { return Ok(Page::new(u64::MAX)) };
         Ok(Page::new(source.size()?.saturating_sub(source.offset) >> PAGE_LG2))
     }
 

@@ -23,9 +23,15 @@ pub trait Listener: Send + Sync {
 }
 
 /// In the order in which they came. A place of one that is gone is used again, never removed, so that places stay put while the
-/// list is gone through without a lock.
+/// list is gone through without a lock. Most backings have one.
 #[derive(Default)]
-pub(crate) struct Listeners(RwLock<Vec<Weak<dyn Listener>>>);
+pub(crate) struct Listeners(RwLock<Places>);
+
+#[derive(Default)]
+struct Places {
+    first: Option<Weak<dyn Listener>>,
+    more: Vec<Weak<dyn Listener>>,
+}
 
 impl std::fmt::Debug for Listeners {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -35,16 +41,24 @@ impl std::fmt::Debug for Listeners {
 
 impl Listeners {
     fn add(&self, listener: Weak<dyn Listener>) {
-        let mut list = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        match list.iter_mut().find(|place| place.strong_count() == 0) {
-            Some(place) => *place = listener,
-            None => list.push(listener),
+        let mut places = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let Places { first, more } = &mut *places;
+        if first.is_none() {
+            *first = Some(listener);
+        } else if let Some(place) = first.iter_mut().chain(more.iter_mut()).find(|place| place.strong_count() == 0) {
+            *place = listener;
+        } else {
+            more.push(listener);
         }
     }
 
     /// Nothing is locked while the caller has one in hand, and nothing allocated.
     fn each(&self) -> impl Iterator<Item = Arc<dyn Listener>> + '_ {
-        let at = |index| self.0.read().unwrap_or_else(PoisonError::into_inner).get(index).cloned();
+        let at = |index: usize| {
+            let places = self.0.read().unwrap_or_else(PoisonError::into_inner);
+            let place = index.checked_sub(1).map_or(places.first.as_ref(), |index| places.more.get(index));
+            place.cloned()
+        };
         (0..).map_while(at).filter_map(|listener| listener.upgrade())
     }
 }
@@ -72,10 +86,11 @@ impl Backing {
     /// As [`Backing::punch`], and `NotHeld`.
     pub fn punch_held(&self, held: &SpanGuard<'_>, span: Span<Page>) -> Result<(), Error> {
         self.check_held(held, span)?;
+        self.check_ours("be punched")?;
         if fail::planted("backing.ignore_punch") {
             return self.discard(span);
         }
-        if let Some(source) = &self.file {
+        if let Some(source) = &self.memory.file {
             span.unindex::<Page>(addr::PAGE_LG2).check_aligned(source.granule_lg2)?;
         }
         let mut before = Vec::new();
@@ -119,6 +134,7 @@ impl Backing {
     /// As [`Backing::populate`], and `NotHeld`.
     pub fn populate_held(&self, held: &SpanGuard<'_>, span: Span<Page>, state: PageState) -> Result<(), Error> {
         self.check_held(held, span)?;
+        self.check_ours("be populated")?;
         if state == PageState::Absent {
             return Err(Error::Unsupported { kind: self.kind(), what: "be populated with absent pages" });
         }
@@ -139,7 +155,7 @@ impl Backing {
     /// until the last [`Arc`] is gone. Cannot fail (I-9).
     pub fn close(&self) {
         let held = self.lock(self.pages());
-        self.states.set_all(self.pages(), PageState::Absent);
+        self.states.set_all(PageState::Absent);
         self.revoke_listeners(&held, self.pages());
     }
 
@@ -147,7 +163,7 @@ impl Backing {
     ///
     /// # Errors
     /// As [`Backing::set_state`]; listeners have let go all the same.
-    pub(crate) fn revoke_held(&self, held: &SpanGuard<'_>, span: Span<Page>) -> Result<(), Error> {
+    pub fn revoke_held(&self, held: &SpanGuard<'_>, span: Span<Page>) -> Result<(), Error> {
         let set = self.set_state(held, span, PageState::Absent);
         self.revoke_listeners(held, span);
         set
@@ -158,18 +174,23 @@ impl Backing {
     }
 
     /// Asks every listener, also when one fails; answers the first failure.
-    fn restore_held(&self, held: &SpanGuard<'_>, span: Span<Page>) -> Result<(), Error> {
+    pub fn restore_held(&self, held: &SpanGuard<'_>, span: Span<Page>) -> Result<(), Error> {
         self.listeners
             .each()
             .map(|listener| listener.restore(span, held).map_err(|source| Error::Restore { span, source }))
             .fold(Ok(()), Result::and)
     }
 
+    /// Memory of somebody else comes and goes as its owner likes.
+    fn check_ours(&self, what: &'static str) -> Result<(), Error> {
+        if self.kind() == Kind::Foreign { Err(Error::Unsupported { kind: Kind::Foreign, what }) } else { Ok(()) }
+    }
+
     /// The system call of a punch, and nothing else.
     fn discard(&self, span: Span<Page>) -> Result<(), Error> {
         fail::step("backing.punch")?;
         let (at, len) = (span.start().bytes(), span.len() << addr::PAGE_LG2);
-        match (&self.file, &self.mapping) {
+        match (&self.memory.file, &self.memory.mapping) {
             (Some(source), _) => {
                 let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
                 let at = source.offset + at;
@@ -184,7 +205,7 @@ impl Backing {
     fn allocate(&self, span: Span<Page>) -> Result<(), Error> {
         fail::step("backing.populate")?;
         let (at, len) = (span.start().bytes(), span.len() << addr::PAGE_LG2);
-        if let Some(source) = &self.file {
+        if let Some(source) = &self.memory.file {
             let start = source.offset + at;
             // Allocation would also work behind the end of a file that somebody else has cut short, where no access can.
             let size = source.size()?;
@@ -193,7 +214,7 @@ impl Backing {
             }
             rustix::fs::fallocate(&source.fd, FallocateFlags::KEEP_SIZE, start, len).map_err(Error::os("fallocate", start, len))?;
         }
-        match (&self.mapping, self.kind()) {
+        match (&self.memory.mapping, self.kind()) {
             (Some(mapping), Kind::User) => mapping.populate(at, len).map_err(Error::os("madvise(POPULATE_WRITE)", at, len)),
             // The file has the memory now; entering it in this process's page table only saves the first touch, and may be refused.
             (Some(mapping), _) => {

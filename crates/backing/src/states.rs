@@ -1,4 +1,4 @@
-//! What each page is, as extents: a terabyte in one state costs one entry.
+//! What each page is, as extents: a terabyte in one state costs nothing but that state.
 //!
 //! Reads on the map path are one load while the whole backing is in one state, and a tree lookup otherwise. An iterator over runs
 //! locks for each step and holds nothing in between, so its user may change states on the way.
@@ -26,14 +26,16 @@ const PER_CHANGE: usize = 2;
 
 #[derive(Debug)]
 pub(crate) struct States {
+    pages: Span<Page>,
     /// The state of all pages, or [`MIXED`].
     uniform: AtomicU8,
     table: RwLock<Table>,
 }
 
 struct Table {
+    /// Empty while all pages have been in one state from the start, or since all were put in one.
     map: SpanMap<Page, PageState>,
-    /// Entries promised to guards (I-9), and for one change of everything.
+    /// Entries promised to guards (I-9).
     pledged: usize,
 }
 
@@ -44,22 +46,33 @@ impl std::fmt::Debug for Table {
 }
 
 impl States {
-    pub(crate) fn new(pages: Span<Page>, initial: PageState) -> Result<Self, OutOfMemory> {
-        let mut map = SpanMap::new();
-        map.reserve(2 * PER_CHANGE)?;
-        map.set(pages, initial)?;
-        map.reserve(PER_CHANGE)?;
-        Ok(Self { uniform: AtomicU8::new(initial as u8), table: RwLock::new(Table { map, pledged: PER_CHANGE }) })
+    pub(crate) fn new(pages: Span<Page>, initial: PageState) -> Self {
+        Self { pages, uniform: AtomicU8::new(initial as u8), table: RwLock::new(Table { map: SpanMap::new(), pledged: 0 }) }
+    }
+
+    fn uniform(&self) -> Option<PageState> {
+        match self.uniform.load(Ordering::Acquire) {
+            0 => Some(PageState::Shared),
+            1 => Some(PageState::Private),
+            2 => Some(PageState::Absent),
+            _ => None,
+        }
+    }
+
+    /// Room for `entries`, and for the one that says what all pages are now.
+    fn reserve(&self, table: &mut Table, entries: usize) -> Result<(), OutOfMemory> {
+        table.map.reserve(entries + PER_CHANGE)?;
+        match self.uniform().filter(|_| table.map.is_empty()) {
+            Some(state) => table.map.set(self.pages, state),
+            None => Ok(()),
+        }
     }
 
     /// The run that `within` begins in, clipped to it.
     #[inline]
     pub(crate) fn run(&self, within: Span<Page>) -> (Span<Page>, PageState) {
-        match self.uniform.load(Ordering::Acquire) {
-            0 => return (within, PageState::Shared),
-            1 => return (within, PageState::Private),
-            2 => return (within, PageState::Absent),
-            _ => {}
+        if let Some(state) = self.uniform() {
+            return (within, state);
         }
         let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
         match table.map.get(within.start()) {
@@ -79,7 +92,7 @@ impl States {
             }
             _ => {
                 let room = table.pledged + PER_CHANGE;
-                table.map.reserve(room)?;
+                self.reserve(&mut table, room)?;
             }
         }
         table.map.set(span, state)?;
@@ -88,12 +101,17 @@ impl States {
         Ok(())
     }
 
-    /// As `set` for all pages; cannot fail, because room for it is kept from the start.
-    pub(crate) fn set_all(&self, pages: Span<Page>, state: PageState) {
+    /// As `set` for all pages; cannot fail. The caller holds all pages, so nobody else has a pledge.
+    pub(crate) fn set_all(&self, state: PageState) {
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
-        let set = table.map.set(pages, state);
-        debug_assert!(set.is_ok(), "the room kept for this was used by somebody else");
-        self.uniform.store(if set.is_ok() { state as u8 } else { MIXED }, Ordering::Release);
+        if table.pledged == 0 {
+            table.map = SpanMap::new();
+        } else {
+            // A guard of the caller's own: its room stays, and two entries are in every pledge.
+            let set = table.map.set(self.pages, state);
+            debug_assert!(set.is_ok(), "a change of everything found no room");
+        }
+        self.uniform.store(state as u8, Ordering::Release);
     }
 
     /// Adds room for `changes` to a pledge.
@@ -101,7 +119,7 @@ impl States {
         let more = changes.checked_mul(PER_CHANGE).ok_or(OutOfMemory)?;
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
         let room = table.pledged.checked_add(more).ok_or(OutOfMemory)?;
-        table.map.reserve(room)?;
+        self.reserve(&mut table, room)?;
         table.pledged = room;
         *pledge += more;
         Ok(())
@@ -116,7 +134,7 @@ impl States {
 
     /// How many extents.
     pub(crate) fn extents(&self) -> usize {
-        self.table.read().unwrap_or_else(PoisonError::into_inner).map.len()
+        self.table.read().unwrap_or_else(PoisonError::into_inner).map.len().max(1)
     }
 }
 
@@ -155,29 +173,29 @@ mod tests {
 
     #[test]
     fn runs_clip_and_join() {
-        let states = States::new(span(0, 99), PageState::Shared).unwrap();
+        let states = States::new(span(0, 99), PageState::Shared);
         let runs = |over| Runs::new(&states, over).collect::<Vec<_>>();
         assert_eq!(runs(span(3, 9)), [(span(3, 9), PageState::Shared)]);
         states.set(span(5, 6), PageState::Private, None).unwrap();
         assert_eq!(runs(span(3, 9)), [(span(3, 4), PageState::Shared), (span(5, 6), PageState::Private), (span(7, 9), PageState::Shared)]);
         states.set(span(5, 6), PageState::Shared, None).unwrap();
         assert_eq!((runs(span(0, 99)), states.extents()), (vec![(span(0, 99), PageState::Shared)], 1));
-        states.set_all(span(0, 99), PageState::Absent);
+        states.set_all(PageState::Absent);
         assert_eq!(runs(span(98, 99)), [(span(98, 99), PageState::Absent)]);
     }
 
     #[test]
     fn pledges_add_up() {
-        let states = States::new(span(0, 9999), PageState::Shared).unwrap();
+        let states = States::new(span(0, 9999), PageState::Shared);
         let (mut first, mut second) = (0, 0);
         states.pledge(3, &mut first).unwrap();
         states.pledge(4, &mut second).unwrap();
-        assert_eq!(states.table.read().unwrap().pledged, PER_CHANGE * 8);
+        assert_eq!(states.table.read().unwrap().pledged, PER_CHANGE * 7);
         states.set(span(5, 5), PageState::Private, Some(&mut first)).unwrap();
         states.set(span(7, 7), PageState::Private, None).unwrap();
-        assert_eq!((first, states.table.read().unwrap().pledged), (PER_CHANGE * 2, PER_CHANGE * 7));
+        assert_eq!((first, states.table.read().unwrap().pledged), (PER_CHANGE * 2, PER_CHANGE * 6));
         states.release(first);
         states.release(second);
-        assert_eq!(states.table.read().unwrap().pledged, PER_CHANGE);
+        assert_eq!(states.table.read().unwrap().pledged, 0);
     }
 }

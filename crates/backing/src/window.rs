@@ -1,8 +1,9 @@
 //! The simulated space of output addresses, cut into windows, one per backing (D-1).
 //!
-//! Addresses are handed out upwards and never twice: whoever still holds one that outlived its backing finds nothing, rather than
-//! somebody else's memory.
+//! Addresses are handed out upwards, and from the bottom again when the top is reached: whoever still holds one that outlived its backing finds
+//! nothing for a petabyte of others, rather than somebody else's memory. Foreign backings, which come and go with every map call, have slots instead (`slots.rs`).
 
+use crate::slots::{self, Slot};
 use crate::{Backing, Error};
 use addr::{Oa, Span, SpanMap};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
@@ -26,28 +27,83 @@ pub(crate) fn align_lg2(len_bytes: u64) -> u8 {
     (u64::BITS - (len_bytes - 1).leading_zeros()).clamp(GRANULE_LG2.into(), LARGE_LG2.into()) as u8
 }
 
-/// Takes output addresses for `len_bytes`, rounded up to 2 MiB.
-pub(crate) fn allocate(len_bytes: u64) -> Result<Span<Oa>, Error> {
+/// A backing's output addresses, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Place {
+    pub(crate) window: Span<Oa>,
+    slot: Option<Slot>,
+}
+
+impl Place {
+    /// Takes output addresses for `len_bytes`, rounded up to 2 MiB at least; with `brief` such as can be used again.
+    pub(crate) fn take(len_bytes: u64, brief: bool) -> Result<Self, Error> {
+        match if brief { Slot::take(len_bytes)? } else { None } {
+            Some(slot) => Ok(Self { window: slot.window(), slot: Some(slot) }),
+            None => Ok(Self { window: allocate(len_bytes)?, slot: None }),
+        }
+    }
+
+    /// From now on [`Windows::find`] finds it there.
+    pub(crate) fn register(&self, backing: Weak<Backing>) -> Result<(), Error> {
+        match &self.slot {
+            Some(slot) => slot.register(backing),
+            // A fresh window overlaps nothing.
+            // Its place is on the list already.
+            None => {
+                let mut windows = WINDOWS.write().unwrap_or_else(PoisonError::into_inner);
+                windows.get_mut(self.window.start()).into_iter().for_each(|(_, own)| *own = Weak::clone(&backing));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if self.slot.is_none() {
+            WINDOWS.write().unwrap_or_else(PoisonError::into_inner).remove(self.window.start());
+        }
+    }
+}
+
+/// Takes output addresses for `len_bytes`, rounded up to 2 MiB. They are on the list of windows from now on, without a backing.
+fn allocate(len_bytes: u64) -> Result<Span<Oa>, Error> {
     let mut next = NEXT.lock().unwrap_or_else(PoisonError::into_inner);
-    let (span, after) = place(*next, len_bytes).ok_or(Error::NoOutputAddresses { len_bytes })?;
-    *next = after;
+    let mut windows = WINDOWS.write().unwrap_or_else(PoisonError::into_inner);
+    let found = first_free(&windows, *next, len_bytes).or_else(|| first_free(&windows, OA_BASE.get(), len_bytes));
+    let span = found.ok_or(Error::NoOutputAddresses { len_bytes })?;
+    windows.insert(span, Weak::new()).map_err(|_| addr::OutOfMemory)?;
+    *next = after(span);
     Ok(span)
 }
 
-/// The first fitting window from `next` on, and where to go on behind it: 2 MiB are left out, so that running over an end hits nothing.
-fn place(next: u64, len_bytes: u64) -> Option<(Span<Oa>, u64)> {
+/// The first window from `next` on that keeps its distance from those that there are.
+fn first_free(windows: &SpanMap<Oa, Weak<Backing>>, next: u64, len_bytes: u64) -> Option<Span<Oa>> {
+    let within = Span::new(Oa::new(next), Oa::new(slots::BASE.get() - 1))?;
+    let mut free = None;
+    windows.first_gap(within, len_bytes, |gap| {
+        let from = if gap.start() == within.start() { gap.start().get() } else { gap.start().get() + DISTANCE };
+        let fits =
+            |span: &Span<Oa>| if gap.last() == within.last() { span.last() <= gap.last() } else { after(*span) - 1 <= gap.last().get() };
+        free = place(from, len_bytes).filter(fits);
+        free.map(Span::start)
+    })?;
+    free
+}
+
+/// Left out between two windows, so that running over an end hits nothing.
+const DISTANCE: u64 = 1 << GRANULE_LG2;
+
+/// Where the next window may begin.
+fn after(span: Span<Oa>) -> u64 {
+    span.last().get() + 1 + DISTANCE
+}
+
+/// The first well aligned span from `next` on, below the slots.
+fn place(next: u64, len_bytes: u64) -> Option<Span<Oa>> {
     let start = next.checked_next_multiple_of(1 << align_lg2(len_bytes))?;
     let span = Span::from_len(Oa::new(start), len_bytes.checked_next_multiple_of(1 << GRANULE_LG2)?).ok()?;
-    (span.last() <= OA_LAST).then(|| (span, span.last().get() + 1 + (1 << GRANULE_LG2)))
-}
-
-pub(crate) fn register(window: Span<Oa>, backing: Weak<Backing>) -> Result<(), Error> {
-    // A fresh window overlaps nothing.
-    WINDOWS.write().unwrap_or_else(PoisonError::into_inner).insert(window, backing).map_err(|_| addr::OutOfMemory.into())
-}
-
-pub(crate) fn unregister(window: Span<Oa>) {
-    WINDOWS.write().unwrap_or_else(PoisonError::into_inner).remove(window.start());
+    (span.last() < slots::BASE).then_some(span)
 }
 
 /// All windows of this process.
@@ -57,12 +113,18 @@ pub struct Windows;
 impl Windows {
     /// The backing in whose window `oa` lies; `None` in between, and when it is gone.
     pub fn find(oa: Oa) -> Option<Arc<Backing>> {
+        if oa >= slots::BASE {
+            return slots::find(oa)?.upgrade();
+        }
         WINDOWS.read().unwrap_or_else(PoisonError::into_inner).get(oa)?.1.upgrade()
     }
 
     /// Every backing that is alive, in the order of their output addresses.
     pub fn all() -> Vec<Arc<Backing>> {
-        WINDOWS.read().unwrap_or_else(PoisonError::into_inner).iter().filter_map(|(_, backing)| backing.upgrade()).collect()
+        let mut all: Vec<_> =
+            WINDOWS.read().unwrap_or_else(PoisonError::into_inner).iter().filter_map(|(_, backing)| backing.upgrade()).collect();
+        all.extend(slots::all().filter_map(|backing| backing.upgrade()));
+        all
     }
 }
 
@@ -80,16 +142,36 @@ mod tests {
     }
 
     #[test]
-    fn windows_stay_apart_and_in_52_bits() {
-        let (first, next) = place(OA_BASE.get(), 4096).unwrap();
-        assert_eq!((first.start(), first.len()), (OA_BASE, 2 << 20));
-        assert_eq!(place(next, 4096).unwrap().0.start().get(), first.last().get() + 1 + (2 << 20), "no gap between windows");
-        let (second, _) = place(next, 1 << 30).unwrap();
-        assert!(second.start().is_aligned(30));
-        assert_eq!(place((1 << 52) - (1 << 21), 2 << 20).unwrap().0.last(), OA_LAST);
-        assert_eq!(place((1 << 52) - (1 << 21), (2 << 20) + 1), None);
-        assert_eq!(place(u64::MAX, 4096), None);
+    fn windows_stay_apart_and_below_the_slots() {
+        let mut windows = SpanMap::new();
+        let mut add = |next, len| {
+            let span = first_free(&windows, next, len)?;
+            windows.insert(span, Weak::new()).unwrap();
+            Some((span.start(), span.len()))
+        };
+        let base = OA_BASE.get();
+        assert_eq!(add(base, 4096), Some((OA_BASE, 2 << 20)));
+        assert_eq!(add(base, 4096), Some((OA_BASE.plus(4 << 20), 2 << 20)), "no gap between windows");
+        assert_eq!(add(base, 1 << 30), Some((OA_BASE.plus(1 << 30), 1 << 30)));
+        assert_eq!(add(base, (2 << 20) + 1), Some((OA_BASE.plus(8 << 20), 4 << 20)), "what is free below is used");
+        let top = slots::BASE.get() - (2 << 20);
+        assert_eq!(add(top, (2 << 20) + 1), None);
+        assert_eq!(add(top, 2 << 20), Some((Oa::new(top), 2 << 20)));
+        assert_eq!(add(top - (2 << 20), 2 << 20), None, "too near to the next");
+        assert_eq!(add(top - (4 << 20), 2 << 20), Some((Oa::new(top - (4 << 20)), 2 << 20)));
+        assert_eq!(add(u64::MAX, 4096), None);
+        assert_eq!(place(base, u64::MAX), None);
     }
+
+    #[test]
+    fn addresses_of_the_dead_are_used_again_in_the_end() {
+        // Together far more than there are.
+        for round in 0..64 {
+            let backing = Backing::simulated(1 << 48, crate::Frames::Contiguous).unwrap_or_else(|error| panic!("round {round}: {error}"));
+            assert!(Windows::find(backing.window().start()).is_some_and(|found| Arc::ptr_eq(&found, &backing)));
+        }
+    }
+
     #[test]
     fn the_dead_are_struck_off() {
         let backing = Backing::simulated(4096, crate::Frames::Contiguous).unwrap();

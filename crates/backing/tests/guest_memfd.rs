@@ -29,7 +29,8 @@ fn guest_memfd(test: &str, flags: u64, len: u64) -> Option<(kvm_ioctls::VmFd, Ow
 #[test]
 fn mappable() {
     let Some((_vm, file)) = guest_memfd("mappable", MMAP | INIT_SHARED, M2) else { return };
-    let backing = Backing::guest_memfd(file, M2, Frames::Scattered { seed: 5 }).unwrap();
+    assert_eq!(lockstep_backing::file_kind(std::os::fd::AsFd::as_fd(&file)), Some(Kind::GuestMemfd));
+    let backing = Backing::from_file(file, 0, M2, Frames::Scattered { seed: 5 }).unwrap();
     assert_eq!((backing.kind(), backing.state(page(0))), (Kind::GuestMemfd, PageState::Shared));
     let at = backing.host(backing.oa(page(3)), K4).unwrap();
     assert_eq!(backing.holes(backing.pages()).unwrap(), [backing.pages()]);

@@ -3,6 +3,9 @@
 use backing::Frames;
 use clap::{Parser, Subcommand, ValueEnum};
 use lockstep::Policy;
+use pt::FormatKind;
+use std::ffi::OsString;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// Guest memory for device DMA, private and shared, kept in lockstep.
@@ -18,7 +21,9 @@ pub(crate) struct Args {
 pub(crate) enum Command {
     /// Run a guest whose pages turn private and shared while devices do DMA, and prove the tables equal
     Run(RunArgs),
-    /// Measure this host: page tables, DMA, address spaces or conversions
+    /// Run a program that finds /dev/iommu, on a machine that has none
+    Iommufd(IommufdArgs),
+    /// Measure this host: page tables, DMA, address spaces, conversions or calls of /dev/iommu
     Bench(BenchArgs),
 }
 
@@ -36,6 +41,9 @@ pub(crate) struct RunArgs {
     /// What devices may have mapped: mirror or shared-only
     #[arg(long, default_value_t = Policy::Mirror)]
     pub(crate) policy: Policy,
+    /// Format of the devices' page tables
+    #[arg(long, default_value_t = FormatKind::AmdV1)]
+    pub(crate) format: FormatKind,
     /// How pages lie in the simulated physical space
     #[arg(long, value_enum, default_value_t = FramesArg::Contiguous)]
     pub(crate) frames: FramesArg,
@@ -51,10 +59,47 @@ pub(crate) struct RunArgs {
 }
 
 #[derive(Clone, Debug, clap::Args)]
+pub(crate) struct IommufdArgs {
+    /// Offer the kernel's test operations and mock devices, which its own test program uses
+    #[arg(long)]
+    pub(crate) test_devices: bool,
+    /// Offer so many VFIO devices at /dev/vfio/devices/vfio0 and on, each with a DMA engine behind BAR0
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=i64::from(vfio::MOST)))]
+    pub(crate) devices: u32,
+    /// What devices may have mapped of a guest's memory: mirror or shared-only
+    #[arg(long, default_value_t = Policy::Mirror)]
+    pub(crate) policy: Policy,
+    /// Print each call with its structure and its answer
+    #[arg(long)]
+    pub(crate) trace: bool,
+    /// Print in words why a call was refused
+    #[arg(long)]
+    pub(crate) explain: bool,
+    /// Make the Nth call of a name fail: map:2=ENOMEM; may be given several times
+    #[arg(long, value_name = "NAME:N=ERRNO")]
+    pub(crate) fail: Vec<String>,
+    /// Print counts of calls, pages and faults at the end
+    #[arg(long)]
+    pub(crate) summary: bool,
+    /// Print JSON, one object a line, instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Write all this to a file instead of stderr
+    #[arg(long, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
+    /// The program and its arguments
+    #[arg(last = true, required = true, value_name = "PROGRAM ARGS")]
+    pub(crate) program: Vec<OsString>,
+}
+
+#[derive(Clone, Debug, clap::Args)]
 pub(crate) struct BenchArgs {
     /// What to measure
     #[arg(value_enum)]
     pub(crate) group: BenchGroup,
+    /// Format of the page tables
+    #[arg(long, default_value_t = FormatKind::AmdV1)]
+    pub(crate) format: FormatKind,
     /// Print a JSON array of medians instead of a table
     #[arg(long)]
     pub(crate) json: bool,
@@ -73,6 +118,8 @@ pub(crate) enum BenchGroup {
     Ioas,
     /// Page state changes
     Convert,
+    /// Calls of /dev/iommu, in process and by a program
+    Iommufd,
 }
 
 impl From<BenchGroup> for workload::Group {
@@ -82,6 +129,7 @@ impl From<BenchGroup> for workload::Group {
             BenchGroup::Dma => Self::Dma,
             BenchGroup::Ioas => Self::Ioas,
             BenchGroup::Convert => Self::Convert,
+            BenchGroup::Iommufd => Self::Iommufd,
         }
     }
 }

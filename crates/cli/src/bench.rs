@@ -1,7 +1,8 @@
 //! `lockstep bench`: the rows that the criterion benches run, sampled here, for users who want their own host's figures without a toolchain.
 
-use crate::args::BenchArgs;
+use crate::args::{BenchArgs, BenchGroup};
 use indicatif::{ProgressBar, ProgressStyle};
+use pt::FormatKind;
 use serde::Serialize;
 use std::process::ExitCode;
 use workload::{Figure, Group, Row, measure};
@@ -27,9 +28,13 @@ pub(crate) fn main(options: &BenchArgs) -> ExitCode {
 }
 
 fn run(options: &BenchArgs) -> Result<(), workload::Error> {
-    let rows: Vec<Row> = Group::from(options.group).rows().into_iter().filter(|row| row.name.contains(&options.only)).collect();
+    if options.group == BenchGroup::Iommufd && options.format != FormatKind::AmdV1 {
+        return Err(format!("calls of /dev/iommu are measured over amdv1 alone, not {}", options.format).into());
+    }
+    let all = Group::from(options.group).rows(options.format);
+    let rows: Vec<&Row> = all.iter().filter(|row| row.name.contains(&options.only)).collect();
     if rows.is_empty() {
-        let names: Vec<_> = Group::from(options.group).rows().iter().map(|row| row.name).collect();
+        let names: Vec<_> = all.iter().map(|row| row.name).collect();
         return Err(format!("no row's name contains '{}'; there are {}", options.only, names.join(", ")).into());
     }
     // Draws on a terminal only.
@@ -37,9 +42,11 @@ fn run(options: &BenchArgs) -> Result<(), workload::Error> {
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len}  {msg}").unwrap_or_else(|_| ProgressStyle::default_bar()));
     let mut elements = Vec::with_capacity(rows.len());
     if !options.json {
-        bar.suspend(|| println!("{:<40} {:<6} {:>12} {:>12}  {:<4} {:>14}", "name", "format", "best ns", "median ns", "per", "per second"));
+        bar.suspend(|| {
+            println!("{:<40} {:<14} {:>12} {:>12}  {:<4} {:>14}", "name", "format", "best ns", "median ns", "per", "per second")
+        });
     }
-    for row in &rows {
+    for row in rows {
         bar.set_message(row.name);
         let mut work = row.make().map_err(|error| format!("{}: {error}", row.name))?;
         let figure = measure(row, work.as_mut());
@@ -60,7 +67,7 @@ fn print(row: &Row, figure: &Figure, note: Option<String>) {
     let Figure { best_ns, median_ns, .. } = figure;
     let (name, format, unit) = (row.name, row.format, row.unit.name());
     let line = format!(
-        "{name:<40} {format:<6} {best_ns:>12.2} {median_ns:>12.2}  {unit:<4} {:>14.0}  {}",
+        "{name:<40} {format:<14} {best_ns:>12.2} {median_ns:>12.2}  {unit:<4} {:>14.0}  {}",
         1e9 / median_ns,
         note.unwrap_or_default()
     );

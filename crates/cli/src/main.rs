@@ -2,6 +2,7 @@
 
 mod args;
 mod bench;
+mod iommufd;
 mod run;
 
 use args::{Args, Command};
@@ -11,6 +12,7 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     match Args::parse().command {
         Command::Run(options) => run::main(&options),
+        Command::Iommufd(options) => iommufd::main(&options),
         Command::Bench(options) => bench::main(&options),
     }
 }

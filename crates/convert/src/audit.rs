@@ -4,13 +4,14 @@
 //! cannot be read by anyone outside KVM, so what was recorded there is used, and every answer says so (design D-11). An audit holds the pages it looks at, 16 MiB
 //! at a time, so it may run while devices, vCPUs and conversions do.
 
+use crate::ownership::Part;
 use crate::raw_walk::{RawLeaf, RawOddity, RawTree, read_tree};
 use crate::report::{AuditReport, Difference, Says};
 use crate::{Evidence, Space, Transition};
 use addr::{Address, Gpa, Iova, Lg2, Oa, PAGE_LG2, Page, SizeSet, Span};
 use backing::{Backing, PageState};
-use ioas::{Area, Ioas, Pages};
-use iommu::Domain;
+use ioas::{Area, AreaState, Ioas, Pages};
+use iommu::{Domain, SystemRmp};
 use std::sync::Arc;
 
 /// Pages looked at under one lock: 16 MiB.
@@ -18,10 +19,11 @@ const CHUNK_LG2: u8 = 12;
 /// How often something seen without a lock must be seen before it counts.
 const LOOKS: u32 = 5;
 
-/// Audits one VM's tables.
+/// Audits the tables of one VM, or of several that share an RMP.
 #[derive(Debug)]
 pub struct Auditor<'a> {
-    space: &'a Space,
+    rmp: &'a SystemRmp,
+    guests: Vec<&'a Space>,
     populated: bool,
 }
 
@@ -35,7 +37,13 @@ struct Expected {
 impl<'a> Auditor<'a> {
     /// For the tables of `space`.
     pub fn new(space: &'a Space) -> Self {
-        Self { space, populated: false }
+        Self { rmp: space.rmp(), guests: vec![space], populated: false }
+    }
+
+    /// For what several guests have over one RMP: each page is held against what its own guest was told. A private page that is no memory of theirs is
+    /// another's; of that only its being assigned is known.
+    pub fn of_guests(rmp: &'a SystemRmp, guests: impl IntoIterator<Item = &'a Space>) -> Self {
+        Self { rmp, guests: guests.into_iter().collect(), populated: false }
     }
 
     /// All memory was populated at the start, so that a hole in it is a loss; otherwise memory that was never touched is one.
@@ -117,6 +125,10 @@ impl<'a> Auditor<'a> {
     fn look_at(&self, area: &Area, pages: Span<Page>, report: &mut AuditReport) {
         let backing = Arc::clone(area.backing());
         let Some(part) = iova_of(area, pages) else { return };
+        // One in the making has no leaves yet; one that goes may have none any more.
+        if area.state() != AreaState::Live {
+            return;
+        }
         let mut expected = Vec::new();
         area.expected(pages, |iova, oa, sizes| expected.push(Expected { iova, oa, sizes }));
         for domain in area.domains() {
@@ -126,14 +138,22 @@ impl<'a> Auditor<'a> {
                 let what = format!("the entry at {} is {:#x}: {}", odd.at, odd.value, odd.why);
                 report.add(self.difference("I-10", what, odd.span, None, Some((area, &backing))));
             }
-            self.compare_leaves(area, part, &expected, &tree.leaves, report);
+            self.compare_leaves(area, &domain, part, &expected, &tree.leaves, report);
         }
         self.compare_entries(area, &backing, pages, report);
         self.compare_holes(area, &backing, pages, report);
     }
 
     /// The leaves say what the rule asks for, nothing more and nothing less.
-    fn compare_leaves(&self, area: &Area, part: Span<Iova>, expected: &[Expected], leaves: &[RawLeaf], report: &mut AuditReport) {
+    fn compare_leaves(
+        &self,
+        area: &Area,
+        domain: &Domain,
+        part: Span<Iova>,
+        expected: &[Expected],
+        leaves: &[RawLeaf],
+        report: &mut AuditReport,
+    ) {
         let backing = area.backing();
         let mut add = |invariant, what: &str, span, leaf: Option<&RawLeaf>| {
             report.add(self.difference(invariant, what.into(), span, leaf, Some((area, backing))));
@@ -169,11 +189,12 @@ impl<'a> Auditor<'a> {
             let size = Lg2(64 - leaf.span.last_offset().leading_zeros() as u8);
             // Asked of the entry itself, not of the rule that chose the leaf.
             let private = pages_of(area, seen).is_some_and(|pages| backing.state(pages.start()) == PageState::Private);
-            let entry = Lg2(self.space.rmp().size_at(given).lg2());
+            let entry = Lg2(self.rmp.size_at(given).lg2());
             if private && entry != size {
                 add("I-5", &format!("a leaf of {size} over an RMP entry of {entry}"), seen, Some(leaf));
-            } else if !run.sizes.has(size) {
-                add("I-5", &format!("a leaf of {size} where the rule allows {:#x}", run.sizes.0), seen, Some(leaf));
+            } else if !below_page_too(run.sizes).and(domain.sizes()).has(size) {
+                let what = format!("a leaf of {size} where the rule allows {:#x} and the domain {:#x}", run.sizes.0, domain.sizes().0);
+                add("I-5", &what, seen, Some(leaf));
             }
             covered_to = seen.last().checked_add(1);
             if seen.last() == run.iova.last() {
@@ -201,26 +222,29 @@ impl<'a> Auditor<'a> {
 
     /// Every page's own RMP entry, bit by bit, against its state; and stage 2's record.
     fn compare_entries(&self, area: &Area, backing: &Arc<Backing>, pages: Span<Page>, report: &mut AuditReport) {
-        let leaked = self.space.rmp().leaked();
+        let leaked = self.rmp.leaked();
         for (run, state) in backing.states(pages) {
             report.pages += run.len();
-            let gpas = self.space.gpa_of(backing, run.start());
-            self.compare_stage2(area, backing, run, state, gpas, report);
-            for (extent, oa) in backing.extents(run) {
-                for offset in 0..extent.len() {
-                    let page = extent.start().plus(offset);
-                    let gpa = gpas.map(|gpa| gpa.plus(page.offset_from(run.start()) << PAGE_LG2));
-                    report.entries += 1;
-                    let oa = oa.plus(offset << PAGE_LG2);
-                    // A leaked page is assigned for ever, and nobody's.
-                    if state == PageState::Absent && leaked.binary_search(&oa).is_ok() {
-                        continue;
-                    }
-                    if let Some(what) = self.entry_is_wrong(oa, state, gpa)
-                        && let Some(iova) = iova_of(area, Span::one(page))
-                    {
-                        let invariant = if state == PageState::Private { "I-5" } else { "I-6" };
-                        report.add(self.difference(invariant, what, iova, None, Some((area, backing))));
+            for part in Part::all(self.rmp, &self.guests, backing, run, state) {
+                self.compare_stage2(area, backing, &part, state, report);
+                let owner = part.owner.map(|index| &part.holders[index]);
+                for (extent, oa) in backing.extents(part.pages) {
+                    for offset in 0..extent.len() {
+                        let page = extent.start().plus(offset);
+                        let owner =
+                            owner.map(|owner| (owner.guest, owner.gpa.start().plus(page.offset_from(part.pages.start()) << PAGE_LG2)));
+                        report.entries += 1;
+                        let oa = oa.plus(offset << PAGE_LG2);
+                        // A leaked page is assigned for ever, and nobody's.
+                        if state == PageState::Absent && leaked.binary_search(&oa).is_ok() {
+                            continue;
+                        }
+                        if let Some(what) = self.entry_is_wrong(oa, state, owner)
+                            && let Some(iova) = iova_of(area, Span::one(page))
+                        {
+                            let invariant = if state == PageState::Private { "I-5" } else { "I-6" };
+                            report.add(self.difference(invariant, what, iova, None, Some((area, backing))));
+                        }
                     }
                 }
             }
@@ -228,13 +252,13 @@ impl<'a> Auditor<'a> {
     }
 
     /// The whole entry is what its state makes it; what the guest alone decides is taken from what it told us.
-    fn entry_is_wrong(&self, oa: Oa, state: PageState, gpa: Option<Gpa>) -> Option<String> {
+    fn entry_is_wrong(&self, oa: Oa, state: PageState, owner: Option<(&Space, Gpa)>) -> Option<String> {
         const SIZE: u64 = 1 << 1;
         const SUBPAGE_COUNT: u64 = 0x1ff << 3;
         const VALIDATED: u64 = 1 << 62;
         const RESET_PERMS: u64 = 0x1f;
-        let [q1, q2] = self.space.rmp().raw(oa);
-        let group = self.space.rmp().raw(oa.align_down(Lg2::M2.0))[0];
+        let [q1, q2] = self.rmp.raw(oa);
+        let group = self.rmp.raw(oa.align_down(Lg2::M2.0))[0];
         let large = group & (1 | SIZE) == 1 | SIZE;
         let first = oa.is_aligned(Lg2::M2.0);
         let wrong = |why: &str| Some(format!("the RMP entry of {oa} is {q1:#x} {q2:#x}: {why}"));
@@ -248,15 +272,12 @@ impl<'a> Auditor<'a> {
                 if large && !first {
                     return (own != 1 || q2 != 0).then(|| wrong("a page inside a 2 MiB entry says more than assigned")).flatten();
                 }
-                let gpa = gpa?;
+                let (guest, gpa) = owner?;
                 let span = Span::block(gpa, if large { Lg2::M2.0 } else { PAGE_LG2 });
-                let validated = self.space.validated_runs(span).iter().any(|(_, yes)| *yes);
+                let validated = guest.validated_runs(span).iter().any(|(_, yes)| *yes);
                 let size = if large { SIZE } else { 0 };
-                let right = 1
-                    | size
-                    | gpa.get() & 0x0007_ffff_ffff_f000
-                    | u64::from(self.space.asid()) << 51
-                    | if validated { VALIDATED } else { 0 };
+                let right =
+                    1 | size | gpa.get() & 0x0007_ffff_ffff_f000 | u64::from(guest.asid()) << 51 | if validated { VALIDATED } else { 0 };
                 if own != right {
                     return wrong(&format!("it should be {right:#x}"));
                 }
@@ -267,27 +288,16 @@ impl<'a> Auditor<'a> {
         }
     }
 
-    fn compare_stage2(
-        &self,
-        area: &Area,
-        backing: &Arc<Backing>,
-        run: Span<Page>,
-        state: PageState,
-        gpa: Option<Gpa>,
-        report: &mut AuditReport,
-    ) {
-        let Some(gpa) = gpa.filter(|_| state != PageState::Absent) else { return };
-        let Ok(span) = Span::from_len(gpa, run.len() << PAGE_LG2) else { return };
-        for (part, private) in self.space.stage2().runs(span) {
-            if private != (state == PageState::Private) {
-                let pages = Span::of(
-                    run.start().plus(part.start().offset_from(gpa) >> PAGE_LG2),
-                    run.start().plus(part.last().offset_from(gpa) >> PAGE_LG2),
-                );
-                if let Some(iova) = iova_of(area, pages) {
-                    let what = format!("stage 2 and the owner of {part} differ");
-                    report.add(self.difference("I-11", what, iova, None, Some((area, backing))));
-                }
+    fn compare_stage2(&self, area: &Area, backing: &Arc<Backing>, part: &Part<'_>, state: PageState, report: &mut AuditReport) {
+        if state == PageState::Absent {
+            return;
+        }
+        for (index, holder) in part.holders.iter().enumerate() {
+            if holder.told != (part.owner == Some(index))
+                && let Some(iova) = iova_of(area, part.pages)
+            {
+                let what = format!("stage 2 and the owner of {} differ", holder.gpa);
+                report.add(self.difference("I-11", what, iova, None, Some((area, backing))));
             }
         }
     }
@@ -322,7 +332,8 @@ impl<'a> Auditor<'a> {
         gaps.extend(from.map(|start| Span::of(start, Iova::new(u64::MAX))));
         for domain in ioas.domains() {
             for gap in &gaps {
-                let strays = |tree: RawTree| {
+                let strays = || {
+                    let tree = read(&domain, *gap);
                     let leaves = tree.leaves.into_iter().map(|leaf| (leaf.span, Some(leaf), "a leaf where no area is".to_owned()));
                     let odd = tree
                         .oddities
@@ -330,15 +341,16 @@ impl<'a> Auditor<'a> {
                         .map(|odd| (odd.span, None, format!("the entry at {} is {:#x}: {}", odd.at, odd.value, odd.why)));
                     leaves.chain(odd).collect::<Vec<_>>()
                 };
-                // Nothing holds the gaps; what is there to stay is there at every look.
-                let mut found = strays(read(&domain, *gap));
+                // Nothing holds the gaps, and others map there meanwhile; what is there to stay is there at every look, and no area with it.
+                let mut found = strays();
                 for _ in 1..LOOKS {
                     if found.is_empty() {
                         break;
                     }
                     std::thread::yield_now();
-                    let again = strays(read(&domain, *gap));
-                    found.retain(|stray| again.contains(stray));
+                    let (before, again, after) = (ioas.areas(), strays(), ioas.areas());
+                    let is_area = |part: Span<Iova>| before.iter().chain(&after).any(|area| area.span().overlaps(part));
+                    found.retain(|stray| again.contains(stray) && !stray.0.intersect(*gap).is_some_and(is_area));
                 }
                 for (span, leaf, what) in found {
                     report.add(self.difference("I-4", what, span, leaf.as_ref(), None));
@@ -351,7 +363,7 @@ impl<'a> Auditor<'a> {
     fn audit_summaries(&self, report: &mut AuditReport) {
         let look = || {
             let mut wrong = Vec::new();
-            self.space.rmp().recount(|error| wrong.push((error.span, error.says, error.counted)));
+            self.rmp.recount(|error| wrong.push((error.span, error.says, error.counted)));
             wrong
         };
         let mut found = look();
@@ -372,11 +384,12 @@ impl<'a> Auditor<'a> {
 
     /// Where devices see the first page of `span` that a memslot shows: GPAs are IOVAs here.
     fn iova_of_first(&self, span: Span<Oa>) -> Option<Span<Iova>> {
-        let slots = self.space.slots();
-        slots.iter().find_map(|(_, backing, _)| {
-            let page = backing.window().intersect(span).and_then(|part| backing.page_of(part.start()))?;
-            let gpa = self.space.gpa_of(backing, page)?;
-            Some(Span::block(Iova::new(gpa.get()), PAGE_LG2))
+        self.guests.iter().find_map(|guest| {
+            guest.slots().iter().find_map(|(_, backing, _)| {
+                let page = backing.window().intersect(span).and_then(|part| backing.page_of(part.start()))?;
+                let gpa = guest.gpa_of(backing, page)?;
+                Some(Span::block(Iova::new(gpa.get()), PAGE_LG2))
+            })
         })
     }
 
@@ -398,26 +411,33 @@ impl<'a> Auditor<'a> {
             || "not asked".into(),
             |(backing, page)| {
                 let oa = backing.oa(page);
-                format!("{oa} is {:?}, entry {:x?}", self.space.rmp().state(oa), self.space.rmp().raw(oa))
+                format!("{oa} is {:?}, entry {:x?}", self.rmp.state(oa), self.rmp.raw(oa))
             },
         );
-        let stage2 = page.and_then(|(backing, page)| self.space.gpa_of(backing, page)).map_or_else(
-            || "no memslot".into(),
-            |gpa| format!("{gpa:?} is {}", if self.space.stage2().is_private(gpa) { "private" } else { "shared" }),
-        );
+        let holders = page.into_iter().flat_map(|(backing, page)| {
+            let at = |guest: &&'a Space| Some((*guest, guest.gpa_of(backing, page)?));
+            self.guests.iter().filter_map(at).collect::<Vec<_>>()
+        });
+        let says: Vec<_> = holders
+            .map(|(guest, gpa)| {
+                let state = if guest.stage2().is_private(gpa) { "private" } else { "shared" };
+                if self.guests.len() == 1 { format!("{gpa:?} is {state}") } else { format!("{gpa:?} of ASID {} is {state}", guest.asid()) }
+            })
+            .collect();
+        let stage2 = if says.is_empty() { "no memslot".into() } else { says.join(", ") };
         Difference {
             invariant,
             what,
             iova,
             io_page_table: Says { evidence: Evidence::ReadBack, what: io_page_table },
             secure: Says { evidence: Evidence::ReadBack, what: secure },
-            stage2: Says { evidence: self.space.evidence(), what: stage2 },
+            stage2: Says { evidence: self.guests.first().map_or(Evidence::Recorded, |guest| guest.evidence()), what: stage2 },
         }
     }
 
     /// What each of the three tables says about one page of the guest: for reports of others who found something wrong there.
     pub fn describe(&self, ioas: &Ioas, gpa: Gpa, invariant: &'static str, what: &str) -> Difference {
-        let found = self.space.page_at(gpa).and_then(|(backing, page)| {
+        let found = self.guests.iter().find_map(|guest| guest.page_at(gpa)).and_then(|(backing, page)| {
             let area = Pages::of(&backing)
                 .areas_over(Span::one(page))
                 .into_iter()
@@ -444,7 +464,7 @@ fn describe_leaf(leaf: &RawLeaf) -> String {
 fn read(domain: &Domain, within: Span<Iova>) -> RawTree {
     let (root, level) = domain.table().root();
     let arena = domain.table().arena();
-    let mut tree = read_tree(&|at| arena.peek(at), root, level + 1, within);
+    let mut tree = read_tree(domain.format(), &|at| arena.peek(at), root, level + 1, within);
     // A pointer may lead to a table that looks right and is free.
     for &(at, span) in tree.places.iter().filter(|(at, _)| !arena.is_taken(*at)) {
         tree.oddities.push(RawOddity {
@@ -457,12 +477,16 @@ fn read(domain: &Domain, within: Span<Iova>) -> RawTree {
     tree
 }
 
-/// Where an area shows pages.
+/// A rule speaks of whole pages; where an area begins or ends inside one, smaller leaves are no breach of it.
+fn below_page_too(sizes: SizeSet) -> SizeSet {
+    SizeSet(sizes.0 | (addr::PAGE_BYTES - 1))
+}
+
+/// Where an area shows pages. The first and the last may be shown in part.
 fn iova_of(area: &Area, pages: Span<Page>) -> Option<Span<Iova>> {
-    let own = area.page_span();
-    let part = pages.intersect(own)?;
-    let start = area.span().start().plus(part.start().offset_from(own.start()) << PAGE_LG2);
-    Span::from_len(start, part.len() << PAGE_LG2).ok()?.intersect(area.span())
+    let bytes: Span<Page> = pages.unindex(PAGE_LG2);
+    let own = Span::of(Page::new(area.offset_bytes()), Page::new(area.offset_bytes() + area.span().last_offset()));
+    Some(area.span().project(own, bytes.intersect(own)?))
 }
 
 /// Which pages an area shows there.

@@ -51,6 +51,16 @@ pub enum ConvertError {
         /// The leaked page.
         oa: Oa,
     },
+    /// A page of the span is another guest's. Nothing has changed.
+    #[error("cannot convert {span}: the page at {oa} is private to the guest with ASID {asid}; that guest gives it up first")]
+    NotOurs {
+        /// The pages that are not this guest's.
+        span: Span<Gpa>,
+        /// The first of them.
+        oa: Oa,
+        /// Whose they are; 0 is the firmware.
+        asid: u32,
+    },
     /// No memory or no table for what later steps need. Nothing has changed.
     #[error("cannot convert {span}, nothing has changed: {reason}")]
     Reserve {
@@ -114,7 +124,7 @@ impl ConvertError {
     /// The step that failed.
     pub fn step(&self) -> Step {
         match self {
-            Self::Span(_) | Self::NoMemory { .. } | Self::Twice { .. } | Self::Leaked { .. } => Step::Plan,
+            Self::Span(_) | Self::NoMemory { .. } | Self::Twice { .. } | Self::Leaked { .. } | Self::NotOurs { .. } => Step::Plan,
             Self::Reserve { .. } => Step::Reserve,
             Self::Refused { step, .. } => *step,
             Self::Leaks { .. } => Step::Switch,
@@ -130,6 +140,7 @@ impl ConvertError {
             Self::NoMemory { span, .. }
             | Self::Twice { span }
             | Self::Leaked { span, .. }
+            | Self::NotOurs { span, .. }
             | Self::Reserve { span, .. }
             | Self::Refused { span, .. }
             | Self::Leaks { span, .. }

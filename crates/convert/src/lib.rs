@@ -11,11 +11,14 @@
 
 mod audit;
 mod error;
+mod ownership;
 mod plan;
 mod policy;
 pub mod psc;
 mod raw_walk;
 mod report;
+mod slots;
+mod smash;
 mod space;
 mod stage2;
 mod stages;
@@ -26,6 +29,7 @@ pub use error::{ConvertError, Step};
 pub use policy::{Policy, PolicyRule};
 pub use raw_walk::{RawLeaf, RawOddity, RawTree, read_tree};
 pub use report::{AuditReport, Difference, Says};
+pub use smash::{SmashError, smash};
 pub use space::{Counters, Space, SpaceError, Transition};
 pub use stage2::{Evidence, RecordedStage2, Stage2, Stage2Error};
 pub use stages::{Conversion, Done};

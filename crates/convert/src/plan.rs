@@ -2,8 +2,9 @@
 
 use crate::{Change, ConvertError, Owner, Space};
 use addr::{Address, Gpa, PAGE_LG2, Page, Span};
-use backing::{PageState, SpanGuard};
+use backing::{Backing, PageState, SpanGuard};
 use ioas::Pages;
+use secure::RmpSize;
 use std::sync::Arc;
 
 /// Pages of one memslot on their way to one owner.
@@ -112,21 +113,57 @@ impl Plan {
     }
 
     /// The pieces that are not what they are to become, now that nobody else can change them.
-    pub(crate) fn todo(&self, space: &Space, held: &[Held<'_>]) -> Vec<Piece> {
+    ///
+    /// # Errors
+    /// `NotOurs`.
+    pub(crate) fn todo(&self, space: &Space, held: &[Held<'_>]) -> Result<Vec<Piece>, ConvertError> {
         let mut todo = Vec::with_capacity(self.pieces.len());
         for piece in &self.pieces {
             let backing = held[piece.held].pages.backing();
-            for (run, from) in backing.states(piece.pages) {
-                let gpa = piece.gpa.project(piece.pages.unindex(PAGE_LG2), run.unindex::<Page>(PAGE_LG2));
-                let wanted = PageState::from(piece.to);
+            let gpa_of = |run: Span<Page>| piece.gpa.project(piece.pages.unindex(PAGE_LG2), run.unindex::<Page>(PAGE_LG2));
+            let mut add = |run: Span<Page>, from: PageState| {
+                let gpa = gpa_of(run);
                 // Also what stage 2 did not take the last time is done again.
-                if from != wanted || !is_told(space, gpa, piece.to) {
+                if from != PageState::from(piece.to) || !is_told(space, gpa, piece.to) {
                     todo.push(Piece { gpa, pages: run, from, ..*piece });
+                }
+            };
+            for (run, state) in backing.states(piece.pages) {
+                if state != PageState::Private {
+                    add(run, state);
+                    continue;
+                }
+                for (part, owner) in owners(space, backing, run) {
+                    match owner {
+                        // A file whose pages nobody can touch begins private, and nobody's.
+                        None => add(part, PageState::Shared),
+                        Some(asid) if asid == space.asid => add(part, state),
+                        Some(asid) => return Err(ConvertError::NotOurs { span: gpa_of(part), oa: backing.oa(part.start()), asid }),
+                    }
                 }
             }
         }
-        todo
+        Ok(todo)
     }
+}
+
+/// Runs of private pages by whose they are in the secure world's table; `None` where it knows of nobody.
+fn owners(space: &Space, backing: &Backing, run: Span<Page>) -> Vec<(Span<Page>, Option<u32>)> {
+    let mut runs: Vec<(Span<Page>, Option<u32>)> = Vec::with_capacity(1);
+    let mut next = Some(run);
+    while let Some(rest) = next {
+        let entry = space.rmp.entry(backing.oa(rest.start()));
+        // A large entry speaks for what is left of its group, which lies in a row.
+        let lg2 = if entry.size() == RmpSize::M2 { GROUP_LG2 } else { 0 };
+        let part = Span::block(rest.start(), lg2).intersect(rest).unwrap_or(rest);
+        let owner = entry.assigned().then(|| entry.asid());
+        match runs.last_mut() {
+            Some((last, known)) if *known == owner => *last = Span::of(last.start(), part.last()),
+            _ => runs.push((part, owner)),
+        }
+        next = part.last().checked_add(1).and_then(|after| Span::new(after, run.last()));
+    }
+    runs
 }
 
 /// Whether stage 2 has all of `span` as `to`.

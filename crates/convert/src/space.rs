@@ -1,9 +1,11 @@
 //! What the three tables of one VM have in common: which memory stands behind each guest physical address, whose it is, and who is told.
 
-use crate::{Evidence, Stage2, plan, switch};
-use addr::{Address, Gpa, Lg2, Oa, OverlapError, PAGE_LG2, Page, SizeSet, Span, SpanError, SpanMap};
+use crate::slots::{Frames, Slot, Slots};
+use crate::smash::smash_held;
+use crate::{Evidence, Stage2, plan};
+use addr::{Address, Gpa, Lg2, Oa, OverlapError, PAGE_LG2, Page, Span, SpanError, SpanMap};
 use backing::{Backing, PageState};
-use ioas::{Edit, Pages};
+use ioas::Pages;
 use iommu::SystemRmp;
 use secure::{Pvalidate, PvalidateError, RmpSize, Validated, Vmpl};
 use std::fmt;
@@ -19,25 +21,11 @@ pub struct Space {
     pub(crate) rmp: Arc<SystemRmp>,
     pub(crate) stage2: Arc<dyn Stage2>,
     pub(crate) asid: u32,
-    slots: RwLock<SpanMap<Gpa, Slot>>,
+    slots: RwLock<Slots>,
     /// What the guest has validated, as far as it told us: an audit compares it with the RMP's bits.
     validated: Mutex<SpanMap<Gpa, ()>>,
     pub(crate) counters: CountersNow,
     watch: RwLock<Option<Arc<Watch>>>,
-}
-
-/// Memory of one memslot.
-#[derive(Clone, Debug)]
-pub(crate) struct Slot {
-    pub(crate) pages: Arc<Pages>,
-    pub(crate) first: Page,
-}
-
-impl Slot {
-    pub(crate) fn pages_of(&self, slot: Span<Gpa>, part: Span<Gpa>) -> Span<Page> {
-        let first = self.first.get() + (part.start().offset_from(slot.start()) >> PAGE_LG2);
-        Span::of(Page::new(first), Page::new(first + (part.last_offset() >> PAGE_LG2)))
-    }
 }
 
 /// Called with pages in transition: detached everywhere, their owner just changed, nothing mapped yet (I-7).
@@ -147,24 +135,90 @@ impl Space {
             return Err(SpaceError::OutOfFile { span, pages, has: backing.pages() });
         }
         sync::fail::step("convert.slot").map_err(|_| SpaceError::OutOfMemory(span))?;
-        let slot = Slot { pages: Pages::of(backing), first: pages.start() };
+        let slot = Slot { pages: Pages::of(backing), frames: Frames::new(gpa, pages.start()) };
         let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
-        let shown =
-            slots.iter().any(|(there, other)| Arc::ptr_eq(&other.pages, &slot.pages) && other.pages_of(there, there).overlaps(pages));
-        let elsewhere = |page: Page| {
-            let gpa = span.start().plus(page.offset_from(pages.start()) << PAGE_LG2);
-            self.rmp.entry(backing.oa(page)).gpa() != gpa
-        };
-        let private = backing.states(pages).filter(|(_, state)| *state == PageState::Private);
-        let strays = private.into_iter().any(|(run, _)| run.blocks(0).any(|page| elsewhere(page.start())));
-        if shown || strays {
+        let Slots { by_gpa, by_page } = &mut *slots;
+        let by_page = by_page.entry(backing.id()).or_default();
+        if by_page.overlaps(pages) || self.holds_elsewhere(backing, pages, slot.frames) {
             return Err(SpaceError::Alias { span, pages });
         }
-        let added = slots.insert(span, slot);
-        added.map_err(|error| match error {
+        by_page.reserve(1).map_err(|_| SpaceError::OutOfMemory(span))?;
+        let frames = slot.frames;
+        by_gpa.insert(span, slot).map_err(|error| match error {
             OverlapError::Overlaps { met, .. } => SpaceError::Overlap { span, met },
             OverlapError::OutOfMemory(_) => SpaceError::OutOfMemory(span),
-        })
+        })?;
+        let added = by_page.insert(pages, frames);
+        debug_assert!(added.is_ok(), "{added:?}: looked at and reserved");
+        Ok(())
+    }
+
+    /// Makes sure that `pages` of `backing` are the guest's memory at `span`, which is equally long. What is so already stays; the rest becomes part of
+    /// one slot with its neighbours. For those who learn where pages are only when they are converted; [`Space::dismiss`] ends it.
+    ///
+    /// # Errors
+    /// As [`Space::add_slot`]; nothing has changed then.
+    pub fn enroll(&self, span: Span<Gpa>, backing: &Arc<Backing>, pages: Span<Page>) -> Result<(), SpaceError> {
+        span.check_aligned(PAGE_LG2)?;
+        if !backing.pages().covers(pages) || pages.last_offset() != span.last_offset() >> PAGE_LG2 {
+            return Err(SpaceError::OutOfFile { span, pages, has: backing.pages() });
+        }
+        sync::fail::step("convert.slot").map_err(|_| SpaceError::OutOfMemory(span))?;
+        let slot = Slot { pages: Pages::of(backing), frames: Frames::new(span.start(), pages.start()) };
+        let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some((met, _)) = slots.by_gpa.overlapping(span).find(|(_, other)| **other != slot) {
+            return Err(SpaceError::Overlap { span, met });
+        }
+        let Slots { by_gpa, by_page } = &mut *slots;
+        let by_page = by_page.entry(backing.id()).or_default();
+        if by_page.overlapping(pages).any(|(_, frames)| *frames != slot.frames) {
+            return Err(SpaceError::Alias { span, pages });
+        }
+        let fresh = by_page.runs(pages).filter(|(_, known)| known.is_none());
+        if fresh.into_iter().any(|(run, _)| self.holds_elsewhere(backing, run, slot.frames)) {
+            return Err(SpaceError::Alias { span, pages });
+        }
+        by_page.reserve(2).map_err(|_| SpaceError::OutOfMemory(span))?;
+        let frames = slot.frames;
+        by_gpa.set(span, slot).map_err(|_| SpaceError::OutOfMemory(span))?;
+        let added = by_page.set(pages, frames);
+        debug_assert!(added.is_ok(), "{added:?}: reserved");
+        Ok(())
+    }
+
+    /// The guest has no memory at `span` any more. Pages there keep their owner.
+    ///
+    /// # Errors
+    /// `OutOfMemory`; nothing has changed then.
+    pub fn dismiss(&self, span: Span<Gpa>) -> Result<(), SpaceError> {
+        let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
+        let mut known: Vec<(Span<Page>, Slot)> = Vec::new();
+        for (found, slot) in slots.by_gpa.overlapping(span) {
+            known.try_reserve(1).map_err(|_| SpaceError::OutOfMemory(span))?;
+            known.extend(found.intersect(span).map(|part| (slot.frames.pages(part), slot.clone())));
+        }
+        slots.by_gpa.reserve(2).map_err(|_| SpaceError::OutOfMemory(span))?;
+        for (_, slot) in &known {
+            let by_page = slots.by_page.entry(slot.pages.backing().id()).or_default();
+            by_page.reserve(2 * known.len()).map_err(|_| SpaceError::OutOfMemory(span))?;
+        }
+        let mut cleared = slots.by_gpa.clear(span);
+        for (pages, slot) in &known {
+            cleared = cleared.and(slots.forget(slot.pages.backing().id(), *pages));
+        }
+        debug_assert!(cleared.is_ok(), "{cleared:?}: reserved");
+        drop(slots);
+        Ok(())
+    }
+
+    /// Whether a guest holds some of `pages` private, and not where `frames` says.
+    fn holds_elsewhere(&self, backing: &Backing, pages: Span<Page>, frames: Frames) -> bool {
+        let elsewhere = |page: Page| {
+            let entry = self.rmp.entry(backing.oa(page));
+            entry.assigned() && entry.gpa() != frames.gpa(page)
+        };
+        let mut private = backing.states(pages).filter(|(_, state)| *state == PageState::Private);
+        private.any(|(run, _)| run.blocks(0).any(|page| elsewhere(page.start())))
     }
 
     /// Takes the memslot out that begins at `gpa`. Its pages keep their owner.
@@ -173,22 +227,27 @@ impl Space {
     /// `NoSlot`.
     pub fn remove_slot(&self, gpa: Gpa) -> Result<Span<Gpa>, SpaceError> {
         let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
-        slots.remove(gpa).map(|(span, _)| span).ok_or(SpaceError::NoSlot(gpa))
+        let (span, slot) = slots.by_gpa.remove(gpa).ok_or(SpaceError::NoSlot(gpa))?;
+        // Whole entries go, which takes no memory.
+        let gone = slots.forget(slot.pages.backing().id(), slot.frames.pages(span));
+        debug_assert!(gone.is_ok(), "{gone:?}");
+        drop(slots);
+        Ok(span)
     }
 
     /// The memslots: where, whose pages, and the first of them.
     pub fn slots(&self) -> Vec<(Span<Gpa>, Arc<Backing>, Page)> {
         let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
-        slots.iter().map(|(span, slot)| (span, Arc::clone(slot.pages.backing()), slot.first)).collect()
+        let shown = |(span, slot): (Span<Gpa>, &Slot)| (span, Arc::clone(slot.pages.backing()), slot.frames.pages(span).start());
+        slots.by_gpa.iter().map(shown).collect()
     }
 
     /// Shows the memslots that `span` meets, each with the part that it has.
     pub(crate) fn parts(&self, span: Span<Gpa>, mut show: impl FnMut(Span<Gpa>, &Arc<Pages>, Span<Page>)) -> Option<Gpa> {
         let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
-        for (run, slot) in slots.runs(span) {
+        for (run, slot) in slots.by_gpa.runs(span) {
             let Some(slot) = slot else { return Some(run.start()) };
-            let (whole, _) = slots.get(run.start())?;
-            show(run, &slot.pages, slot.pages_of(whole, run));
+            show(run, &slot.pages, slot.frames.pages(run));
         }
         None
     }
@@ -196,18 +255,22 @@ impl Space {
     /// Where a guest physical address is, and in which page of it.
     pub fn page_at(&self, gpa: Gpa) -> Option<(Arc<Backing>, Page)> {
         let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
-        let (span, slot) = slots.get(gpa)?;
-        Some((Arc::clone(slot.pages.backing()), slot.pages_of(span, Span::one(gpa)).start()))
+        let (_, slot) = slots.by_gpa.get(gpa)?;
+        Some((Arc::clone(slot.pages.backing()), slot.frames.pages(Span::one(gpa)).start()))
     }
 
     /// The guest physical address of a page, when a memslot shows it.
     pub fn gpa_of(&self, backing: &Backing, page: Page) -> Option<Gpa> {
         let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
-        slots.iter().find_map(|(span, slot)| {
-            let index = page.get().checked_sub(slot.first.get())?;
-            let at = span.start().checked_add(index << PAGE_LG2)?;
-            (slot.pages.backing().id() == backing.id() && span.contains(at)).then_some(at)
-        })
+        slots.by_page.get(&backing.id())?.get(page).map(|(_, frames)| frames.gpa(page))
+    }
+
+    /// Which of `pages` memslots show, ascending, and where each run of them is.
+    pub fn gpas_of(&self, backing: &Backing, pages: Span<Page>) -> Vec<(Span<Page>, Span<Gpa>)> {
+        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(by_page) = slots.by_page.get(&backing.id()) else { return Vec::new() };
+        let part = |(found, frames): (Span<Page>, &Frames)| found.intersect(pages).map(|run| (run, frames.gpas(run)));
+        by_page.overlapping(pages).filter_map(part).collect()
     }
 
     /// The first page of `pages` that was leaked. Stable while the caller holds the pages.
@@ -237,8 +300,9 @@ impl Space {
         let mut done = self.rmp.pvalidate(request);
         if let Err(PvalidateError::Npf(bits)) = done
             && bits & secure::npf::SIZEM != 0
-            && self.smash_held(&backing, group).is_ok()
+            && smash_held(&self.rmp, &backing, group).is_ok()
         {
+            self.counters.smashed.fetch_add(1, Ordering::Relaxed);
             done = self.rmp.pvalidate(request);
         }
         let done = done?;
@@ -248,21 +312,6 @@ impl Space {
         drop(validated);
         drop(held);
         Ok(done)
-    }
-
-    /// Splits the 2 MiB entry of `group`, which the caller holds, and its leaves, as one event for devices (design D-6).
-    pub(crate) fn smash_held(&self, backing: &Arc<Backing>, group: Span<Page>) -> Result<(), String> {
-        let pages = Pages::of(backing);
-        let mut edit = Edit::new();
-        pages.reserve(group, Lg2::K4, &mut edit).map_err(|error| error.to_string())?;
-        let oa = backing.oa(group.start());
-        self.rmp.smash_begin(oa);
-        let smashed = switch::smash(&self.rmp, oa).map_err(|code| code.to_string()).and_then(|()| {
-            self.counters.smashed.fetch_add(1, Ordering::Relaxed);
-            pages.cut(group, SizeSet::only(Lg2::K4), &mut edit).map_err(|error| error.to_string())
-        });
-        self.rmp.smash_end(oa);
-        smashed
     }
 
     /// Which runs of `span` the guest has validated.

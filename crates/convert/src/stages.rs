@@ -90,7 +90,7 @@ impl Space {
     fn convert_counted(&self, changes: &[Change]) -> Result<Done, ConvertError> {
         let plan = Plan::new(self, changes)?;
         let held = plan.hold();
-        let pieces = plan.todo(self, &held);
+        let pieces = plan.todo(self, &held)?;
         if pieces.is_empty() {
             return Ok(Done::default());
         }
@@ -251,7 +251,7 @@ impl Core<'_> {
             let backing = self.held[piece.held].pages.backing();
             // A piece that only stage 2 did not take has its owner already.
             let owned = piece.from == piece.to.into();
-            let failed = if owned { None } else { switch::switch(&self.space.rmp, backing, &piece, self.space.asid) };
+            let failed = if owned { None } else { switch::switch(&self.space.rmp, self.held[piece.held].pages, &piece, self.space.asid) };
             let Some(Failed { done, bad, oa, code }) = failed else {
                 if !owned {
                     self.space.forget_validated(piece.gpa);

@@ -4,6 +4,7 @@ use crate::Owner;
 use crate::plan::Piece;
 use addr::{Address, Gpa, Lg2, Oa, PAGE_LG2, Page, Span};
 use backing::Backing;
+use ioas::{Area, Pages};
 use iommu::SystemRmp;
 use secure::{Code, RmpSize, RmpState};
 
@@ -41,13 +42,17 @@ pub(crate) fn smash(rmp: &SystemRmp, oa: Oa) -> Result<(), Code> {
 }
 
 /// Gives every page of the piece its new owner; `None` when all of it was done.
-pub(crate) fn switch(rmp: &SystemRmp, backing: &Backing, piece: &Piece, asid: u32) -> Option<Failed> {
+pub(crate) fn switch(rmp: &SystemRmp, pages: &Pages, piece: &Piece, asid: u32) -> Option<Failed> {
+    let backing = pages.backing();
+    let areas = if piece.to == Owner::Private { pages.areas_over(piece.pages) } else { Vec::new() };
     for (run, oa) in backing.extents(piece.pages) {
         let gpa = piece.gpa.start().plus(run.start().offset_from(piece.pages.start()) << PAGE_LG2);
         let mut at = 0;
         while at < run.len() {
             let (oa, gpa, left) = (oa.plus(at << PAGE_LG2), gpa.plus(at << PAGE_LG2), run.len() - at);
+            let block = Span::block(run.start().plus(at), GROUP_LG2);
             let large = left >= 1 << GROUP_LG2 && oa.is_aligned(Lg2::M2.0) && gpa.is_aligned(Lg2::M2.0) && large_fits(rmp, oa, piece.to);
+            let large = large && areas.iter().all(|area| shows_whole(area, block));
             let (size, pages) = if large { (RmpSize::M2, 1 << GROUP_LG2) } else { (RmpSize::K4, 1) };
             if let Err(code) = update(rmp, oa, gpa, size, piece.to, asid) {
                 let bad = Span::of(run.start().plus(at), run.start().plus(at + pages - 1));
@@ -65,6 +70,19 @@ fn large_fits(rmp: &SystemRmp, oa: Oa, to: Owner) -> bool {
         Owner::Private => rmp.summary_2m(oa) == 0,
         Owner::Shared => rmp.size_at(oa) == RmpSize::M2,
     }
+}
+
+/// Whether all that show the block through this area can do so with one leaf: with a large entry they could show it in no other way.
+fn shows_whole(area: &Area, block: Span<Page>) -> bool {
+    if !area.page_span().overlaps(block) {
+        return true;
+    }
+    let bytes: Span<Page> = block.unindex(PAGE_LG2);
+    let own = Span::of(Page::new(area.offset_bytes()), Page::new(area.offset_bytes() + area.span().last_offset()));
+    let aligned = own.covers(bytes) && area.span().project(own, bytes).is_aligned(Lg2::M2.0);
+    let mut allowed = aligned && area.domains().iter().all(|domain| domain.sizes().has(Lg2::M2));
+    area.expected(block, |_, _, sizes| allowed &= sizes.has(Lg2::M2));
+    allowed
 }
 
 fn update(rmp: &SystemRmp, oa: Oa, gpa: Gpa, size: RmpSize, to: Owner, asid: u32) -> Result<(), Code> {

@@ -1,7 +1,7 @@
 //! One stretch of IOVA that stands for a stretch of one backing.
 
 use crate::placement::Reservation;
-use crate::{LeafRule, Pages};
+use crate::{LeafRule, Pages, Source};
 use addr::{Address, Iova, Lg2, Oa, PAGE_BYTES, PAGE_LG2, Page, SizeSet, Span};
 use backing::Backing;
 use iommu::Domain;
@@ -41,7 +41,7 @@ pub(crate) struct Seat {
     pub(crate) domain: Arc<Domain>,
     /// A detach has been here: the area's leaves are out of the domain, and none is installed any more, so one flush at the end is enough.
     pub(crate) leaving: bool,
-    /// What its format cannot translate.
+    /// What it cannot translate.
     pub(crate) outside: Vec<Reservation>,
 }
 
@@ -59,6 +59,7 @@ pub(crate) type Seats = Arc<[Arc<Seat>]>;
 pub struct Area {
     pub(crate) span: Span<Iova>,
     pub(crate) pages: Arc<Pages>,
+    pub(crate) source: Option<Arc<Source>>,
     /// Byte of the backing that the first IOVA stands for.
     pub(crate) offset: u64,
     pub(crate) perm: Perm,
@@ -67,6 +68,8 @@ pub struct Area {
     pub(crate) policy: Arc<Policy>,
     /// 0 building, 1 live, else the ticket of the unmap that closes it.
     state: AtomicU64,
+    /// Pins, locks, and whether new ones are refused.
+    claims: AtomicU64,
     /// In which domains its leaves are. Changed only under the span lock of its pages.
     seats: Mutex<Seats>,
 }
@@ -75,6 +78,7 @@ pub struct Area {
 #[derive(Clone)]
 pub(crate) struct Part {
     pub(crate) pages: Arc<Pages>,
+    pub(crate) source: Option<Arc<Source>>,
     pub(crate) offset: u64,
     pub(crate) len: u64,
     pub(crate) writable: bool,
@@ -83,16 +87,23 @@ pub(crate) struct Part {
 const BUILDING: u64 = 0;
 const LIVE: u64 = 1;
 
+/// In [`Area::claims`]: one pin, one lock, and that neither is given any more.
+const PIN: u64 = 1;
+const LOCK: u64 = 1 << 32;
+const SHUT: u64 = 1 << 63;
+
 impl Area {
     pub(crate) fn new(span: Span<Iova>, part: Part, perm: Perm, policy: &Arc<Policy>, seats: Seats) -> Self {
         Self {
             span,
             pages: part.pages,
+            source: part.source,
             offset: part.offset,
             perm,
             writable: part.writable,
             policy: Arc::clone(policy),
             state: AtomicU64::new(BUILDING),
+            claims: AtomicU64::new(0),
             seats: Mutex::new(seats),
         }
     }
@@ -204,6 +215,53 @@ impl Area {
 
     pub(crate) fn is_closed_by(&self, ticket: u64) -> bool {
         self.state.load(Ordering::Acquire) == ticket
+    }
+
+    /// One more pin; refused when the area is shut.
+    pub(crate) fn claim_pin(&self) -> Result<(), u64> {
+        self.claim(PIN)
+    }
+
+    /// One more lock; refused when the area is shut.
+    pub(crate) fn claim_lock(&self) -> Result<(), u64> {
+        self.claim(LOCK)
+    }
+
+    fn claim(&self, what: u64) -> Result<(), u64> {
+        let open = |claims: u64| if claims & SHUT == 0 { claims.checked_add(what) } else { None };
+        self.claims.fetch_update(Ordering::AcqRel, Ordering::Acquire, open).map(drop)
+    }
+
+    pub(crate) fn drop_pin(&self) {
+        self.claims.fetch_sub(PIN, Ordering::AcqRel);
+    }
+
+    pub(crate) fn drop_lock(&self) {
+        self.claims.fetch_sub(LOCK, Ordering::AcqRel);
+    }
+
+    pub(crate) fn pins(&self) -> u64 {
+        self.claims.load(Ordering::Acquire) & (LOCK - 1)
+    }
+
+    pub(crate) fn locks(&self) -> u64 {
+        (self.claims.load(Ordering::Acquire) & !SHUT) / LOCK
+    }
+
+    pub(crate) fn is_shut(&self) -> bool {
+        self.claims.load(Ordering::Acquire) & SHUT != 0
+    }
+
+    /// Refuses pins and locks from now on, for good. Answers how many pins there are still; `None`, and nothing has changed, when it is locked.
+    pub(crate) fn shut(&self) -> Option<u64> {
+        let unlocked = |claims: u64| (claims & !SHUT < LOCK).then_some(claims | SHUT);
+        let before = self.claims.fetch_update(Ordering::AcqRel, Ordering::Acquire, unlocked).ok()?;
+        Some(before & (LOCK - 1))
+    }
+
+    /// Whether it is another device's memory.
+    pub(crate) fn is_device(&self) -> bool {
+        self.source.as_ref().is_some_and(|source| source.is_device())
     }
 
     pub(crate) fn seats(&self) -> Seats {

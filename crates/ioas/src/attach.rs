@@ -8,11 +8,9 @@ use crate::ioas::Domains;
 use crate::pages::fill_part;
 use crate::placement::{Reservation, Space};
 use crate::{Error, Ioas};
-use addr::{Iova, Lg2, OutOfMemory, PAGE_BYTES, PAGE_LG2, Span};
-use iommu::{Device, Domain, IoTable};
-use pt::{AmdV1, Format};
+use addr::{Iova, OutOfMemory, PAGE_BYTES, PAGE_LG2, Span};
+use iommu::{Device, Domain};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use sync::fail;
 
 impl Ioas {
@@ -20,7 +18,7 @@ impl Ioas {
     /// translate become reserved.
     ///
     /// # Errors
-    /// `Attached`; `Foreign`; `InUse` when areas or allowed ranges do not fit; `DomainPages`; `Leaf` when tables ran out; no memory. Then
+    /// `Attached`; `Foreign`; `InUse` when areas or allowed ranges do not fit; `DomainPages`; `Pin`; `Leaf` when tables ran out; no memory. Then
     /// the domain is empty, and no more tables are in use than before, except that the tree may have stayed taller.
     pub fn attach(&self, domain: &Arc<Domain>) -> Result<(), Error> {
         self.attach_held(&mut self.write_domains(), domain)
@@ -33,7 +31,7 @@ impl Ioas {
         if !Arc::ptr_eq(domain.table().arena(), self.iommu.arena()) {
             return Err(Error::Foreign { domain: domain.id() });
         }
-        let smallest = AmdV1::SIZES.smallest().unwrap_or(Lg2::K4);
+        let smallest = domain.smallest();
         if smallest.0 > PAGE_LG2 {
             return Err(Error::DomainPages { smallest });
         }
@@ -48,7 +46,7 @@ impl Ioas {
         let mut space = self.space_mut();
         let align = space.align();
         space.set_align(align.max(smallest.bytes()))?;
-        let outside = match reserve_outside(&mut space) {
+        let outside = match reserve_outside(&mut space, domain) {
             Ok(outside) => outside,
             Err(error) => {
                 space.set_align(align)?;
@@ -60,9 +58,11 @@ impl Ioas {
         room.push(Arc::clone(&seat));
 
         let before = std::mem::replace(&mut domains.seats, room.into());
-        let Err(error) = self.install_seat(domains, &seat) else { return Ok(()) };
+        let mut held = 0;
+        let Err(error) = self.hold_areas(domains, &mut held).and_then(|()| self.install_seat(domains, &seat)) else { return Ok(()) };
         domains.seats = before;
         self.remove_seat(domains, &seat);
+        self.release_areas(held);
         self.relax(domains, &seat);
         Err(error)
     }
@@ -71,11 +71,27 @@ impl Ioas {
     fn relax(&self, domains: &Domains, gone: &Seat) {
         let mut space = self.space_mut();
         gone.outside.iter().for_each(|reservation| space.release(*reservation));
-        if domains.seats.is_empty() {
-            let align = self.base_align();
-            let lowered = space.set_align(align);
-            debug_assert!(lowered.is_ok(), "{lowered:?}, but every area fits a lower alignment");
+        drop(space);
+        self.realign(domains);
+    }
+
+    /// Lowers the alignment after something has left that it was raised for.
+    pub(crate) fn realign(&self, domains: &Domains) {
+        let lowered = self.space_mut().set_align(self.align_for(domains, self.large_leaves()));
+        debug_assert!(lowered.is_ok(), "{lowered:?}, but every area fits a lower alignment");
+    }
+
+    /// Pins what the areas need, if this is their first domain. Counts the areas it has done.
+    fn hold_areas(&self, domains: &Domains, held: &mut usize) -> Result<(), Error> {
+        if domains.seats.len() > 1 {
+            return Ok(());
         }
+        self.space().areas.iter().try_for_each(|(_, area)| area.hold().map(|()| *held += 1))
+    }
+
+    /// Undoes [`Ioas::hold_areas`] for the first `count` areas. Nobody has mapped or unmapped meanwhile.
+    fn release_areas(&self, count: usize) {
+        self.space().areas.iter().take(count).for_each(|(_, area)| area.release());
     }
 
     /// Installs every area in a new domain. Nobody maps or unmaps meanwhile.
@@ -133,13 +149,17 @@ impl Ioas {
         }
         domains.seats = domains.seats.iter().filter(|own| !Arc::ptr_eq(own, &seat)).cloned().collect();
         self.remove_seat(domains, &seat);
+        if !domains.show() {
+            self.release_areas(usize::MAX);
+        }
         self.relax(domains, &seat);
         Ok(())
     }
 
-    /// The alignment without a domain.
-    pub(crate) fn base_align(&self) -> u64 {
-        if self.policy.small_only.load(Ordering::Relaxed) { PAGE_BYTES } else { 1 }
+    /// What IOVA, length and source offset must be multiples of (rule 32).
+    pub(crate) fn align_for(&self, domains: &Domains, large_leaves: bool) -> u64 {
+        let whole_pages = domains.pinners > 0 || !large_leaves;
+        smallest_of(domains).max(if whole_pages { PAGE_BYTES } else { 1 })
     }
 
     /// Puts a device on this address space: on the domain that devices share here, made for the first of them.
@@ -209,10 +229,15 @@ impl Ioas {
     }
 }
 
-/// Reserves what the format cannot translate.
-fn reserve_outside(space: &mut Space) -> Result<Vec<Reservation>, Error> {
+/// The alignment that the domains ask for: the smallest page of each (rule 32); 1 without any.
+fn smallest_of(domains: &Domains) -> u64 {
+    domains.seats.iter().map(|seat| seat.domain.smallest().bytes()).max().unwrap_or(1)
+}
+
+/// Reserves what the domain cannot translate.
+fn reserve_outside(space: &mut Space, domain: &Domain) -> Result<Vec<Reservation>, Error> {
     let mut reserved = Vec::new();
-    for outside in Span::<Iova>::whole().without(IoTable::aperture()).into_iter().flatten() {
+    for outside in Span::<Iova>::whole().without(domain.aperture()).into_iter().flatten() {
         match space.reserve(outside) {
             Ok(reservation) => reserved.push(reservation),
             Err(error) => {

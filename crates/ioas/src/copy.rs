@@ -1,6 +1,7 @@
 //! Copy: the same pages once more, in this or another address space.
 
-use crate::area::{AreaState, Part};
+use crate::area::{Area, AreaState, Part};
+use crate::few::Few;
 use crate::placement::Place;
 use crate::{Error, Ioas};
 use addr::{Iova, OutOfMemory, Span};
@@ -20,7 +21,7 @@ impl Ioas {
         }
         // Source, range, destination, in this order. The locks of the two address spaces are never held together.
         let (parts, source) = src.parts(src_span)?;
-        self.map_parts(parts, source, place, perm)
+        self.map_parts(Few::Many(parts), source, place, perm)
     }
 
     /// What the areas in `span` stand for, and where the first byte comes from.
@@ -32,17 +33,31 @@ impl Ioas {
             let Some(area) = area.filter(|area| area.state() == AreaState::Live) else { return Err(Error::NotMapped { at: piece }) };
             let offset = area.byte_of(piece.start());
             if parts.is_empty() {
-                let backing = area.backing();
-                let base = match backing.linear_hva() {
-                    Some(hva) if backing.kind() == Kind::User => hva.get(),
-                    _ => backing.file_offset(),
-                };
-                source = base.saturating_add(offset);
+                source = origin(area, offset);
             }
             sync::fail::step("ioas.part")?;
             parts.try_reserve(1).map_err(|_| OutOfMemory)?;
-            parts.push(Part { pages: Arc::clone(&area.pages), offset, len: piece.len(), writable: area.writable });
+            parts.push(Part {
+                pages: Arc::clone(&area.pages),
+                source: area.source.clone(),
+                offset,
+                len: piece.len(),
+                writable: area.writable,
+            });
         }
         Ok((parts, source))
     }
+}
+
+/// Where the mapper has byte `offset` of an area's backing.
+fn origin(area: &Area, offset: u64) -> u64 {
+    if let Some(source) = area.source() {
+        return source.at().wrapping_add(offset - source.offset_bytes());
+    }
+    let backing = area.backing();
+    let base = match backing.linear_hva() {
+        Some(hva) if backing.kind() == Kind::User => hva.get(),
+        _ => backing.file_offset(),
+    };
+    base.saturating_add(offset)
 }

@@ -2,7 +2,7 @@
 
 use crate::edit::Edit;
 use crate::{Error, Ioas, tables};
-use addr::{Address, Iova, Span};
+use addr::{Address, Iova, PAGE_LG2, Page, Span};
 use iommu::Domain;
 use pt::Gather;
 
@@ -33,10 +33,10 @@ impl Ioas {
     }
 
     /// As [`Ioas::read_dirty`], into a bitmap: bit n stands for `page_bytes` at `span.start() + n * page_bytes`. Bits are set, never cleared;
-    /// none beyond the span (rules 56 to 58).
+    /// none beyond the span (rules 56 to 58). Of a `page_bytes` that is no power of two, the lowest bit is what one bit stands for.
     ///
     /// # Errors
-    /// As [`Ioas::read_dirty`], and `Span` when the span does not keep to `page_bytes`, a power of two.
+    /// As [`Ioas::read_dirty`], and `Span` when `page_bytes` is 0, or `page_bytes - 1` has a bit in common with the start or the end of the span.
     pub fn read_dirty_bitmap(
         &self,
         domain: &Domain,
@@ -45,11 +45,11 @@ impl Ioas {
         clear: bool,
         bitmap: &mut [u8],
     ) -> Result<(), Error> {
-        if !page_bytes.is_power_of_two() {
-            return Err(addr::SpanError::Misaligned { start: span.start().get(), len: page_bytes, align_lg2: 0 }.into());
-        }
+        let (start, end) = (span.start().get(), span.last().get().wrapping_add(1));
         let lg2 = page_bytes.trailing_zeros();
-        span.check_aligned(lg2 as u8)?;
+        if page_bytes == 0 || (start | end) & (page_bytes - 1) != 0 {
+            return Err(addr::SpanError::Misaligned { start, len: end.wrapping_sub(start), align_lg2: lg2 as u8 }.into());
+        }
         self.read_dirty(domain, span, clear, |dirty| {
             let bits = (dirty.start().offset_from(span.start()) >> lg2)..=(dirty.last().offset_from(span.start()) >> lg2);
             for bit in bits {
@@ -58,6 +58,27 @@ impl Ioas {
                 }
             }
         })
+    }
+
+    /// Notes a write at `iova` as if a device had made it through `domain`, whatever the leaf allows: what an emulated device does that keeps
+    /// account of its own writes. Answers whether there is a leaf.
+    ///
+    /// # Errors
+    /// `NotAttached`; `NotTracking` when the domain does not note writes.
+    pub fn mark_dirty(&self, domain: &Domain, iova: Iova) -> Result<bool, Error> {
+        let domains = self.read_domains();
+        if !domains.seats.iter().any(|seat| std::ptr::eq(&*seat.domain, domain)) {
+            return Err(Error::NotAttached { what: "domain", id: domain.id() });
+        }
+        if !domain.tracks_dirty() {
+            return Err(Error::NotTracking { domain: domain.id() });
+        }
+        let space = self.space();
+        let Some((_, area)) = space.areas.get(iova) else { return Ok(false) };
+        let page = Page::new(area.byte_of(iova) >> PAGE_LG2);
+        // Held, the tables on the way stay.
+        let _held = area.backing().lock(Span::one(page));
+        Ok(domain.table().mark_dirty(iova))
     }
 
     fn visit_dirty(&self, domain: &Domain, span: Span<Iova>, clear: bool, mut sink: impl FnMut(Span<Iova>)) -> Result<(), Error> {
@@ -74,10 +95,10 @@ impl Ioas {
             let mut whole = true;
             if clear && part != found {
                 let Some(pages) = area.pages_of(part) else { continue };
-                let sizes = area.pages.neighbour_sizes(area, pages);
+                let sizes = tables::leaf_sizes(domain, area.pages.neighbour_sizes(area, pages));
                 // A rule that ties leaves to the secure world's sizes does not offer smaller ones.
                 let may = sizes.smallest().is_some_and(|least| part.is_aligned(least.0)) && sync::fail::step("ioas.dirty_cut").is_ok();
-                whole = tables::crossing(table, part) == [None; 2] || may && table.cut(part, sizes, &mut slot.stock).is_ok();
+                whole = tables::crossing(table, part) == [None; 2] || may && domain.cut(part, sizes, &mut slot.stock).is_ok();
             }
             if whole {
                 table.read_dirty(part, clear, &mut slot.gather, |leaf| leaf.intersect(part).into_iter().for_each(&mut sink));

@@ -16,7 +16,9 @@ const INLINE: usize = 4;
 /// promise holds.
 #[derive(Debug, Default)]
 pub struct Edit {
+    /// In use from the front.
     inline: [Option<Slot>; INLINE],
+    used: usize,
     more: Vec<Slot>,
 }
 
@@ -64,6 +66,9 @@ impl Edit {
     /// # Panics
     /// When the calling thread holds a zero-copy slice of such a domain: it would wait for itself.
     pub fn flush(&mut self) {
+        if self.is_flushed() {
+            return;
+        }
         // Log in all domains before the first wait, so that their grace periods overlap.
         for slot in self.slots().filter(|slot| !slot.is_flushed()) {
             slot.domain.invalidate(slot.gather.spans());
@@ -77,18 +82,18 @@ impl Edit {
 
     /// Whether a flush would have something to do.
     pub fn is_flushed(&self) -> bool {
-        self.inline.iter().flatten().chain(&self.more).all(Slot::is_flushed)
+        self.inline[..self.used].iter().flatten().chain(&self.more).all(Slot::is_flushed)
     }
 
     fn slots(&mut self) -> impl Iterator<Item = &mut Slot> {
-        self.inline.iter_mut().flatten().chain(&mut self.more)
+        self.inline[..self.used].iter_mut().flatten().chain(&mut self.more)
     }
 
     /// Makes sure that the domain has a slot, so that [`Edit::slot`] loses nothing.
     pub(crate) fn prepare(&mut self, domain: &Arc<Domain>) -> Result<&mut Slot, Error> {
         sync::fail::step("ioas.edit")?;
         let known = self.slots().any(|slot| Arc::ptr_eq(&slot.domain, domain));
-        if !known && self.inline.iter().all(Option::is_some) {
+        if !known && self.used == INLINE {
             self.more.try_reserve(1).map_err(|_| OutOfMemory)?;
         }
         Ok(self.slot(domain))
@@ -98,6 +103,7 @@ impl Edit {
     pub(crate) fn slot(&mut self, domain: &Arc<Domain>) -> &mut Slot {
         let same = |slot: &Slot| Arc::ptr_eq(&slot.domain, domain);
         if let Some(at) = self.inline.iter().position(|slot| slot.as_ref().is_none_or(same)) {
+            self.used = self.used.max(at + 1);
             return self.inline[at].get_or_insert_with(|| Slot::new(domain));
         }
         if let Some(at) = self.more.iter().position(same) {

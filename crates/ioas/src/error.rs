@@ -2,7 +2,7 @@
 //! chosen above.
 
 use addr::{Iova, Lg2, Page, Span};
-use backing::PageState;
+use backing::{PageState, PinError};
 use thiserror::Error;
 
 /// Why a call failed. Unless a variant says otherwise, everything is as it was (I-10).
@@ -83,8 +83,8 @@ pub enum Error {
         /// The area that sticks out.
         area: Span<Iova>,
     },
-    /// Another thread is building or removing the area. Areas below it are gone already.
-    #[error("the area at {area} is being built or removed; try again")]
+    /// Another thread is building or removing the area, or a hardware queue lives in it. Areas below it are gone already.
+    #[error("the area at {area} is being built or removed, or locked by a hardware queue; try again later")]
     Busy {
         /// Which.
         area: Span<Iova>,
@@ -95,6 +95,56 @@ pub enum Error {
         /// Which.
         area: Span<Iova>,
     },
+    /// An unmap has begun to wait for this area's pins: there are no new ones, and no other access.
+    #[error("the area at {area} is about to be unmapped; nothing can be done with it but that")]
+    Shut {
+        /// Which.
+        area: Span<Iova>,
+    },
+    /// An accessor did not let go of the area, however often it was asked. Areas below it are gone already; it takes no new pins.
+    #[error("the area at {area} is still pinned by an accessor that was asked to let go of it; unpin, then unmap again")]
+    Deadlock {
+        /// Which.
+        area: Span<Iova>,
+    },
+    /// The area has pins, and cannot be split.
+    #[error("the area at {area} is pinned; unpin it first")]
+    Pinned {
+        /// Which.
+        area: Span<Iova>,
+    },
+    /// The area is another device's memory: software can neither pin, touch nor split it.
+    #[error("the area at {area} is memory of another device, which only devices can use")]
+    DeviceMemory {
+        /// Which.
+        area: Span<Iova>,
+    },
+    /// Something to pin does not begin or end with a page, where pages of different areas meet or at the start.
+    #[error("{at} does not stand for whole pages; pin from the first byte of a page on, in areas that end with one")]
+    NotWholePages {
+        /// The piece of the span that lies in one area.
+        at: Span<Iova>,
+    },
+    /// A leaf's size is tied to something else, so it cannot be cut.
+    #[error("the leaf at {leaf} cannot be cut at {at}: the rule of this address space allows no smaller leaves there")]
+    Uncuttable {
+        /// Where to.
+        at: Iova,
+        /// The leaf.
+        leaf: Span<Iova>,
+    },
+    /// Pages could not be pinned, or not be paid for.
+    #[error(transparent)]
+    Pin(#[from] PinError),
+    /// Writes through the domain are not noted.
+    #[error("domain {domain} does not track dirty pages; switch that on first")]
+    NotTracking {
+        /// The domain.
+        domain: u32,
+    },
+    /// The accessor uses no address space.
+    #[error("the accessor uses no address space; move it to one first")]
+    Homeless,
     /// A reserved range, an allowed range or an alignment does not go with what is mapped or allowed.
     #[error("{what} does not fit with {span}, which is in use; unmap or free that first")]
     InUse {

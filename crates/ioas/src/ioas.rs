@@ -2,13 +2,13 @@
 
 use crate::area::{Area, Policy, Seats};
 use crate::placement::Space;
-use crate::{Error, LeafRule};
+use crate::{Accessor, Error, LeafRule};
 use addr::{Iova, Span};
 use iommu::{Device, Domain, Iommu};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, Weak};
 use sync::rank::{self, Rank, RankGuard};
 
 /// An IO address space: areas, and the domains that show them to devices.
@@ -48,6 +48,21 @@ pub(crate) struct Domains {
     pub(crate) seats: Seats,
     /// The domain that [`Ioas::attach_device`] made, with the devices on it.
     pub(crate) auto: Option<(Arc<Domain>, Vec<Arc<Device>>)>,
+    /// Software users.
+    pub(crate) accessors: Vec<Weak<Accessor>>,
+    /// How many of them need whole pages.
+    pub(crate) pinners: u32,
+}
+
+impl Domains {
+    fn new(none: &Seats) -> Self {
+        Self { seats: Arc::clone(none), auto: None, accessors: Vec::new(), pinners: 0 }
+    }
+
+    /// Whether areas are shown somewhere, so that their pages are pinned. Constant while the lock is held.
+    pub(crate) fn show(&self) -> bool {
+        !self.seats.is_empty()
+    }
 }
 
 /// A lock's guard, and the note that it is held.
@@ -76,7 +91,7 @@ impl Ioas {
         Arc::new(Self {
             iommu: Arc::clone(iommu),
             policy: Arc::new(Policy { rule, small_only: AtomicBool::new(false) }),
-            domains: RwLock::new(Domains { seats: Arc::clone(&no_seats), auto: None }),
+            domains: RwLock::new(Domains::new(&no_seats)),
             space: RwLock::new(Space::new()),
             // 0 and 1 are area states.
             tickets: AtomicU64::new(2),
@@ -147,7 +162,7 @@ impl Ioas {
 impl Drop for Ioas {
     /// Areas never keep an address space alive (rule 6 of the kernel's): they go with it.
     fn drop(&mut self) {
-        let domains = std::mem::replace(&mut *self.write_domains(), Domains { seats: Arc::clone(&self.no_seats), auto: None });
+        let domains = std::mem::replace(&mut *self.write_domains(), Domains::new(&self.no_seats));
         for device in domains.auto.iter().flat_map(|(_, devices)| devices) {
             // A device whose slice this very thread holds stays on a domain that shows nothing any more.
             let _ = device.detach();

@@ -4,12 +4,13 @@
 
 use crate::area::{Area, Part, Seats};
 use crate::edit::Edit;
+use crate::few::Few;
 use crate::ioas::Domains;
 use crate::pages::{self, Pages};
 use crate::placement::{Place, Space};
 use crate::tables::Need;
-use crate::{Error, Ioas};
-use addr::{Address, Hva, Iova, OutOfMemory, Page, Span, SpanError};
+use crate::{Error, Ioas, Source};
+use addr::{Address, Hva, Iova, Page, Span, SpanError};
 use backing::{Backing, Kind};
 use pt::Perm;
 use std::sync::Arc;
@@ -39,6 +40,28 @@ impl Ioas {
         self.map(backing, offset, len, hva.get(), place, perm)
     }
 
+    /// Maps all of a source. With a domain attached, its pages are pinned and charged; without, nothing is touched, and what is wrong with them is
+    /// found later (rule 16).
+    ///
+    /// # Errors
+    /// As [`Ioas::map_file`]; `ReadOnlyPages` for writing to a source that was brought in for reading; `Pin`. Nothing is mapped then.
+    pub fn map_source(&self, source: &Arc<Source>, place: Place, perm: Perm) -> Result<Iova, Error> {
+        if perm == Perm::NONE {
+            return Err(Error::NoAccess);
+        }
+        let (offset, len, size) = (source.offset_bytes(), source.len_bytes(), source.backing().len_bytes());
+        if source.at().checked_add(len).is_none() {
+            return Err(SpanError::Wraps { start: source.at(), len }.into());
+        }
+        if offset.checked_add(len).is_none_or(|end| end > size) {
+            return Err(Error::Beyond { offset, len, size });
+        }
+        fail::step("ioas.pages")?;
+        let pages = Arc::clone(source.pages());
+        let part = Part { pages, source: Some(Arc::clone(source)), offset, len, writable: source.is_writable() };
+        self.map_parts(Few::One([part]), source.at(), place, perm)
+    }
+
     fn map(&self, backing: &Arc<Backing>, offset: u64, len: u64, source: u64, place: Place, perm: Perm) -> Result<Iova, Error> {
         if perm == Perm::NONE {
             return Err(Error::NoAccess);
@@ -50,17 +73,19 @@ impl Ioas {
             return Err(Error::Beyond { offset, len, size: backing.len_bytes() });
         }
         fail::step("ioas.pages")?;
-        let part = Part { pages: Pages::of(backing), offset, len, writable: perm.allows(Perm::WRITE) };
-        self.map_parts(vec![part], source, place, perm)
+        let part = Part { pages: Pages::of(backing), source: None, offset, len, writable: perm.allows(Perm::WRITE) };
+        self.map_parts(Few::One([part]), source, place, perm)
     }
 
     /// Maps parts one behind the other. All or nothing.
-    pub(crate) fn map_parts(&self, parts: Vec<Part>, source: u64, place: Place, perm: Perm) -> Result<Iova, Error> {
+    pub(crate) fn map_parts(&self, parts: Few<Part>, source: u64, place: Place, perm: Perm) -> Result<Iova, Error> {
         let domains = self.read_domains();
         let areas = self.take_room(parts, source, place, perm)?;
         let mut edit = Edit::new();
-        let (mut registered, mut installed) = (0, 0);
-        let done = reserve(&domains, &areas, &mut edit)
+        let (mut held, mut registered, mut installed) = (0, 0, 0);
+        let shown = if domains.show() { &areas[..] } else { &[] };
+        let done = (shown.iter().try_for_each(|area| area.hold().map(|()| held += 1)))
+            .and_then(|()| reserve(&domains, &areas, &mut edit))
             .and_then(|()| areas.iter().try_for_each(|area| area.pages.register(area).map(|()| registered += 1)))
             .and_then(|()| areas.iter().try_for_each(|area| install(area, &domains.seats, &mut edit).map(|()| installed += 1)));
         if let Err(error) = done {
@@ -73,8 +98,9 @@ impl Ioas {
             for area in &areas[..registered] {
                 area.pages.unregister(area);
             }
+            areas[..held].iter().for_each(|area| area.release());
             let mut space = self.space_mut();
-            for area in &areas {
+            for area in &*areas {
                 space.areas.remove(area.span().start());
             }
             return Err(error);
@@ -86,23 +112,21 @@ impl Ioas {
     }
 
     /// Finds room and puts building areas there.
-    fn take_room(&self, parts: Vec<Part>, source: u64, place: Place, perm: Perm) -> Result<Vec<Arc<Area>>, Error> {
+    fn take_room(&self, parts: Few<Part>, source: u64, place: Place, perm: Perm) -> Result<Few<Arc<Area>>, Error> {
         let too_long = Error::TooLong { len: u64::MAX };
         let len = parts.iter().try_fold(0u64, |sum, part| sum.checked_add(part.len)).ok_or(too_long)?;
-        let mut areas = Vec::new();
-        areas.try_reserve(parts.len()).map_err(|_| OutOfMemory)?;
         fail::step("ioas.room")?;
         let mut space = self.space_mut();
         let room = space.place(place, len, source)?;
         space.areas.reserve(parts.len())?;
         let mut at = room.start();
-        for part in parts {
+        let areas = parts.try_map(|part| {
             let span = Span::from_len(at, part.len)?;
             check_part(&space, span, &part, perm)?;
             at = Iova::new(span.last().get().wrapping_add(1));
-            areas.push(Arc::new(Area::new(span, part, perm, &self.policy, Arc::clone(&self.no_seats))));
-        }
-        for area in &areas {
+            Ok::<_, Error>(Arc::new(Area::new(span, part, perm, &self.policy, Arc::clone(&self.no_seats))))
+        })?;
+        for area in &*areas {
             // The room is free and the tree has reserved its nodes.
             let inserted = space.areas.insert(area.span(), Arc::clone(area));
             debug_assert!(inserted.is_ok(), "{inserted:?} in free room");
@@ -128,25 +152,29 @@ fn check_part(space: &Space, span: Span<Iova>, part: &Part, perm: Perm) -> Resul
 
 /// Tables for all of it, so that nothing is installed when there are too few. One run in one domain does that by itself.
 fn reserve(domains: &Domains, areas: &[Arc<Area>], edit: &mut Edit) -> Result<(), Error> {
+    let alone = matches!((areas, &*domains.seats), ([area], [_]) if is_one_run(area));
     for seat in domains.seats.iter() {
         let slot = edit.prepare(&seat.domain)?;
-        let table = seat.domain.table();
-        for area in areas {
-            let mut need = Need::new(table, area.span());
-            let mut runs = 0;
+        for area in areas.iter().filter(|_| !alone) {
+            let mut need = Need::new(&seat.domain, area.span());
             // Runs of scattered frames are as many as pages, so stop where the general bound is the better one.
-            let counted = area.each_run(area.page_span(), |iova, oa, sizes| {
+            let _counted = area.each_run(area.page_span(), |iova, oa, sizes| {
                 need.add(iova, oa, sizes);
-                runs += 1;
                 if need.is_full() { Err(()) } else { Ok(()) }
             });
-            let alone = runs <= 1 && counted.is_ok() && areas.len() == 1 && domains.seats.len() == 1;
-            if !alone {
-                slot.reserve(need.tables())?;
-            }
+            slot.reserve(need.tables())?;
         }
     }
     Ok(())
+}
+
+fn is_one_run(area: &Area) -> bool {
+    let mut runs = 0;
+    let counted = area.each_run(area.page_span(), |_, _, _| {
+        runs += 1;
+        if runs > 1 { Err(()) } else { Ok(()) }
+    });
+    counted.is_ok()
 }
 
 /// Gives a building area its seats, and installs it there. On an error it is as before.

@@ -1,8 +1,8 @@
 //! What an address space offers and how it is tuned: ranges, alignment, leaf sizes.
 
 use crate::placement::Reservation;
-use crate::{Error, Ioas};
-use addr::{Iova, PAGE_BYTES, Span, SpanError};
+use crate::{Error, Ioas, Place};
+use addr::{Iova, Span, SpanError};
 use std::sync::atomic::Ordering;
 
 impl Ioas {
@@ -14,6 +14,14 @@ impl Ioas {
     /// What IOVA, length and source offset of a mapping must be multiples of: 1 without a domain, the smallest leaf with one.
     pub fn alignment(&self) -> u64 {
         self.space().align()
+    }
+
+    /// Where `len` bytes whose source lies at `source`, a user address or an offset in a file, would go now.
+    ///
+    /// # Errors
+    /// Those of placement: see [`Ioas::map_file`].
+    pub fn room(&self, place: Place, len: u64, source: u64) -> Result<Span<Iova>, Error> {
+        self.space().place(place, len, source)
     }
 
     /// Keeps automatic placement to these ranges, in place of those before; an empty list lifts the limit. Fixed places are not limited.
@@ -59,8 +67,7 @@ impl Ioas {
         if !on && !domains.seats.is_empty() && !space.areas.is_empty() {
             return Err(Error::LargeLeavesInUse { areas: space.areas.len() });
         }
-        let align = if on && domains.seats.is_empty() { 1 } else { PAGE_BYTES };
-        space.set_align(align)?;
+        space.set_align(self.align_for(&domains, on))?;
         self.policy.small_only.store(!on, Ordering::Relaxed);
         Ok(())
     }

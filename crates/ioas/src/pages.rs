@@ -13,15 +13,15 @@
 
 use crate::area::{Area, AreaState};
 use crate::edit::Slot;
+use crate::listing::Listing;
 use crate::tables::Need;
 use crate::{Edit, Error, tables};
-use addr::{Address, IntervalTree, Iova, Lg2, Page, SizeSet, Span};
-use backing::{Backing, BackingId, Listener, RestoreError, SpanGuard};
-use iommu::IoTable;
-use std::collections::HashMap;
+use addr::{Address, Lg2, PAGE_BYTES, Page, SizeSet, Span};
+use backing::{Backing, Listener, RestoreError, SpanGuard};
+use iommu::Domain;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+use std::sync::{Arc, PoisonError, RwLock, Weak};
 
 /// Every area over the pages of one backing.
 ///
@@ -29,26 +29,19 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 /// wait for itself.
 pub struct Pages {
     backing: Arc<Backing>,
-    areas: RwLock<IntervalTree<Page, Arc<Area>>>,
+    areas: RwLock<Listing>,
     shed: AtomicU64,
 }
-
-/// One for each backing that is mapped anywhere in the process.
-static REGISTRY: Mutex<Option<HashMap<BackingId, Weak<Pages>>>> = Mutex::new(None);
 
 impl Pages {
     /// Those of `backing`, which lists them as a listener from then on. All IOASes of the process share them.
     pub fn of(backing: &Arc<Backing>) -> Arc<Self> {
-        let mut registry = REGISTRY.lock().unwrap_or_else(PoisonError::into_inner);
-        let registry = registry.get_or_insert_default();
-        if let Some(pages) = registry.get(&backing.id()).and_then(Weak::upgrade) {
-            return pages;
-        }
-        let pages = Arc::new(Self { backing: Arc::clone(backing), areas: RwLock::default(), shed: AtomicU64::new(0) });
-        let listener: Weak<Self> = Arc::downgrade(&pages);
-        backing.add_listener(listener.clone());
-        registry.insert(backing.id(), listener);
-        pages
+        backing.companion(|| {
+            let pages = Arc::new(Self { backing: Arc::clone(backing), areas: RwLock::default(), shed: AtomicU64::new(0) });
+            let listener: Weak<Self> = Arc::downgrade(&pages);
+            backing.add_listener(listener);
+            pages
+        })
     }
 
     /// Whose pages.
@@ -77,31 +70,11 @@ impl Pages {
             let Some(part) = part.intersect(pages) else { continue };
             for seat in area.seats().iter().filter(|seat| !seat.is_leaving()) {
                 let slot = edit.prepare(&seat.domain)?;
-                let needed = area.iova_of(part).map_or(0, |iova| self.tables_for(seat.domain.table(), part, iova, finest));
+                let needed = tables_for(&seat.domain, area, part, finest);
                 slot.reserve(needed)?;
             }
         }
         Ok(())
-    }
-
-    fn tables_for(&self, table: &IoTable, part: Span<Page>, iova: Span<Iova>, finest: Lg2) -> u32 {
-        let crosses = tables::crossing(table, iova).iter().any(Option::is_some);
-        let cut = if crosses { table.tables_for_cut() } else { 0 };
-        let block = Span::block(iova.start(), Lg2::M2.0);
-        if block.covers(iova) && block != iova {
-            // The table that a cut makes, or that is here already, stays when the leaves go: nobody else holds all that it serves.
-            return cut + if crosses { 0 } else { tables::missing(table, iova.start()) };
-        }
-        let mut need = Need::new(table, iova);
-        let sizes = SizeSet::ALL.up_to(finest);
-        for (run, oa) in self.backing.extents(part) {
-            let at = iova.project(part.unindex::<Page>(addr::PAGE_LG2), run.unindex(addr::PAGE_LG2));
-            need.add(at, oa, sizes);
-            if need.is_full() {
-                break;
-            }
-        }
-        cut + need.tables()
     }
 
     /// Takes every leaf over `pages` out, in all domains, and nothing else: leaves that stick out are cut first. Cannot fail: where no table can
@@ -127,8 +100,8 @@ impl Pages {
         let table = slot.domain.table();
         // Leaves never cross two areas, so only a part has borders to cut.
         if iova != area.span() && tables::crossing(table, iova).iter().any(Option::is_some) {
-            let sizes = self.neighbour_sizes(area, part);
-            if table.cut(iova, sizes, &mut slot.stock).is_err() {
+            let sizes = tables::leaf_sizes(&slot.domain, self.neighbour_sizes(area, part));
+            if slot.domain.cut(iova, sizes, &mut slot.stock).is_err() {
                 for leaf in tables::crossing(table, iova).into_iter().flatten() {
                     let at = leaf.iova.max(iova.start());
                     if table.shed(at, &mut slot.gather).is_some() {
@@ -152,8 +125,8 @@ impl Pages {
         })
     }
 
-    /// Cuts the leaves that answer for the borders of `pages`, and the one that is all of `pages`, into leaves of `sizes`. Hitless: nothing is
-    /// to be flushed. Tables come from the edit's reserve.
+    /// Cuts the leaves that answer for the borders of `pages`, and the one that is all of `pages`, into leaves of `sizes`. Hitless, but
+    /// in a domain whose format needs break-before-make ([`Domain::cut`]); nothing is left to be flushed. Tables come from the edit's reserve.
     ///
     /// # Errors
     /// No table. Every translation is as before.
@@ -162,7 +135,7 @@ impl Pages {
             let Some(iova) = part.intersect(pages).and_then(|part| area.iova_of(part)) else { continue };
             for seat in area.seats().iter().filter(|seat| !seat.is_leaving()) {
                 let slot = edit.slot(&seat.domain);
-                slot.domain.table().cut(iova, sizes, &mut slot.stock)?;
+                slot.domain.cut(iova, tables::leaf_sizes(&slot.domain, sizes), &mut slot.stock)?;
             }
         }
         Ok(())
@@ -188,15 +161,15 @@ impl Pages {
         })
     }
 
-    /// Joins leaves over `pages` into larger ones, where pages are in a row, in one state, and the rule allows it. Hitless. The caller
-    /// holds all of `pages` until it has called [`Edit::flush`].
+    /// Joins leaves over `pages` into larger ones, where pages are in a row, in one state, and the rule allows it. Hitless; a
+    /// domain whose format cannot do that keeps its leaves ([`Domain::merge`]). The caller holds all of `pages` until it has called [`Edit::flush`].
     pub fn merge(&self, pages: Span<Page>, edit: &mut Edit) {
         for (part, area) in self.read().overlapping(pages) {
             let Some(part) = part.intersect(pages) else { continue };
             for seat in area.seats().iter().filter(|seat| !seat.is_leaving()) {
                 let slot = edit.slot(&seat.domain);
                 let merged = area.each_run(part, |iova, _, sizes| {
-                    slot.domain.table().merge(iova, sizes, &mut slot.gather);
+                    slot.domain.merge(iova, tables::leaf_sizes(&slot.domain, sizes), &mut slot.gather);
                     Ok::<_, std::convert::Infallible>(())
                 });
                 match merged {
@@ -210,21 +183,60 @@ impl Pages {
     pub(crate) fn register(&self, area: &Arc<Area>) -> Result<(), Error> {
         sync::fail::step("ioas.register")?;
         let mut areas = self.areas.write().unwrap_or_else(PoisonError::into_inner);
-        areas.insert(area.page_span(), Arc::clone(area))?;
+        areas.insert(area)?;
         Ok(())
     }
 
     /// Takes an area out whose leaves are gone and flushed.
     pub(crate) fn unregister(&self, area: &Area) {
         let mut areas = self.areas.write().unwrap_or_else(PoisonError::into_inner);
-        let gone = areas.remove_first(area.page_span(), |own| std::ptr::eq(Arc::as_ptr(own), area));
+        let gone = areas.remove(area);
         drop(areas);
         drop(gone);
     }
 
-    fn read(&self) -> std::sync::RwLockReadGuard<'_, IntervalTree<Page, Arc<Area>>> {
+    /// Puts two areas in the place of one that they make up. The caller holds the pages.
+    pub(crate) fn replace(&self, whole: &Area, halves: [&Arc<Area>; 2]) -> Result<(), Error> {
+        sync::fail::step("ioas.register")?;
+        let mut areas = self.areas.write().unwrap_or_else(PoisonError::into_inner);
+        areas.reserve(halves.len())?;
+        for half in halves {
+            areas.insert(half)?;
+        }
+        let gone = areas.remove(whole);
+        drop(areas);
+        drop(gone);
+        Ok(())
+    }
+
+    fn read(&self) -> std::sync::RwLockReadGuard<'_, Listing> {
         self.areas.read().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The tables that clearing and filling a part of an area in one domain can need.
+fn tables_for(domain: &Domain, area: &Area, part: Span<Page>, finest: Lg2) -> u32 {
+    let Some(iova) = area.iova_of(part) else { return 0 };
+    let (table, format) = (domain.table(), domain.format());
+    let crosses = tables::crossing(table, iova).iter().any(Option::is_some);
+    let cut = if crosses { table.tables_for_cut() } else { 0 };
+    // What one table of smallest leaves serves.
+    let block = Span::block(iova.start(), format.item_lg2(1));
+    if block.covers(iova) && block != iova {
+        // The table that a cut makes, or that is here already, stays when the leaves go: nobody else holds all that it serves.
+        return cut + if crosses { 0 } else { tables::missing(table, iova.start()) };
+    }
+    let mut need = Need::new(domain, iova);
+    let sizes = SizeSet::ALL.up_to(finest);
+    for (run, oa) in area.backing().extents(part) {
+        if let Some(at) = area.iova_of(run) {
+            need.add(at, oa.plus(area.byte_of(at.start()) % PAGE_BYTES), sizes);
+        }
+        if need.is_full() {
+            break;
+        }
+    }
+    cut + need.tables()
 }
 
 /// Why a part could not be filled.
@@ -238,7 +250,7 @@ pub(crate) struct Unfilled {
 pub(crate) fn fill_part(area: &Area, part: Span<Page>, slot: &mut Slot) -> Result<(), Unfilled> {
     let mut runs_before = 0;
     area.each_run(part, |iova, oa, sizes| {
-        slot.domain.table().map(iova, oa, area.perm(), sizes, &mut slot.stock, &mut slot.gather)?;
+        slot.domain.table().map(iova, oa, area.perm(), tables::leaf_sizes(&slot.domain, sizes), &mut slot.stock, &mut slot.gather)?;
         runs_before += 1;
         Ok(())
     })
@@ -259,16 +271,6 @@ impl Listener for Pages {
         let filled = self.reserve(pages, Lg2::G1, &mut edit).and_then(|()| self.fill(pages, &mut edit));
         edit.flush();
         Ok(filled?)
-    }
-}
-
-impl Drop for Pages {
-    fn drop(&mut self) {
-        let mut registry = REGISTRY.lock().unwrap_or_else(PoisonError::into_inner);
-        // Another one for the same backing may be there already.
-        if let Some(registry) = registry.as_mut().filter(|all| all.get(&self.backing.id()).is_some_and(|own| own.strong_count() == 0)) {
-            registry.remove(&self.backing.id());
-        }
     }
 }
 

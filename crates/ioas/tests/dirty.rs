@@ -74,3 +74,28 @@ fn a_leaf_that_sticks_out_loses_nothing() {
     assert_eq!(bytes(dirty(&ioas, &domain, iova(0, 4 * MIB), true)), 3 * MIB);
     audit(&ioas);
 }
+
+#[test]
+fn an_emulated_device_notes_its_own_writes() {
+    let ioas = ioas();
+    let domain = ioas.iommu().domain().unwrap();
+    let memory = Backing::memfd(4 * MIB, Frames::Contiguous).unwrap();
+    assert!(matches!(ioas.mark_dirty(&domain, Iova::new(0)), Err(Error::NotAttached { .. })));
+    ioas.attach(&domain).unwrap();
+    ioas.map_file(&memory, 0, 2 * MIB, at(2 * MIB), Perm::READ).unwrap();
+    ioas.map_file(&memory, 0x1000, 3 * PAGE, at(8 * MIB), Perm::READ).unwrap();
+    assert!(matches!(ioas.mark_dirty(&domain, Iova::new(2 * MIB)), Err(Error::NotTracking { .. })));
+    ioas.track_dirty(&domain, true).unwrap();
+    assert!(ioas.mark_dirty(&domain, Iova::new(3 * MIB + 5)).unwrap(), "what the leaf allows does not matter");
+    assert!(ioas.mark_dirty(&domain, Iova::new(8 * MIB + PAGE)).unwrap());
+    assert!(!ioas.mark_dirty(&domain, Iova::new(8 * MIB + 3 * PAGE)).unwrap());
+    // The large leaf sets every bit that it covers, and none outside of what was asked for.
+    let mut bitmap = [0; 66];
+    ioas.read_dirty_bitmap(&domain, iova(3 * MIB, 2 * MIB), PAGE, false, &mut bitmap[..32]).unwrap();
+    assert!(bitmap[..32].iter().all(|byte| *byte == 0xff) && bitmap[32] == 0);
+    // A size that is no power of two: its bits below the highest are a mask for start and end, the lowest is what one bit stands for.
+    assert!(matches!(ioas.read_dirty_bitmap(&domain, iova(8 * MIB + PAGE, 2 * PAGE), 3 * PAGE, false, &mut bitmap), Err(Error::Span(_))));
+    bitmap.fill(0);
+    ioas.read_dirty_bitmap(&domain, iova(8 * MIB, 4 * PAGE), 3 * PAGE, false, &mut bitmap).unwrap();
+    assert_eq!(bitmap[0], 0b10);
+}

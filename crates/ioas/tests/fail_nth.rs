@@ -2,10 +2,11 @@
 
 mod common;
 
-use addr::Lg2;
+use addr::{Iova, Lg2};
 use backing::{Backing, Frames, PageState};
+use common::client::{Client, Purse, source};
 use common::{MIB, Mirror, at, audit, dump, iommu, iova, pages};
-use lockstep_ioas::{Edit, Error, Ioas, Pages, Place};
+use lockstep_ioas::{Edit, Error, Ioas, MapAll, Pages, Place};
 use pt::Perm;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -31,8 +32,14 @@ fn rig() -> (Arc<Ioas>, Arc<Backing>, Arc<Backing>) {
 }
 
 /// Fails the first, second, ... step until the call passes; returns the names of all steps that failed.
-fn sweep(ioas: &Ioas, mut call: impl FnMut() -> Result<(), Error>) -> BTreeSet<&'static str> {
+fn sweep(ioas: &Ioas, call: impl FnMut() -> Result<(), Error>) -> BTreeSet<&'static str> {
+    sweep_with(ioas, String::new, call)
+}
+
+/// As `sweep`, with more that must not have changed.
+fn sweep_with(ioas: &Ioas, more: impl Fn() -> String, mut call: impl FnMut() -> Result<(), Error>) -> BTreeSet<&'static str> {
     let mut names = BTreeSet::new();
+    let dump = |ioas: &Ioas| dump(ioas) + &more();
     for nth in 1.. {
         let before = dump(ioas);
         let plan = sync::fail::nth(nth);
@@ -86,6 +93,68 @@ fn attach() {
     ioas.detach(&domain).unwrap();
     let device = ioas.iommu().device("disk");
     sweep(&ioas, || ioas.attach_device(&device).map(drop));
+}
+
+/// What a client's pages and account say.
+fn account<'a>(client: &'a Client, purse: &'a Purse) -> impl Fn() -> String + 'a {
+    || format!("pins {} charged {}", client.pins(), purse.charged())
+}
+
+#[test]
+fn map_and_copy_a_source() {
+    let (ioas, ..) = rig();
+    let (client, purse, source) = source(64, 64);
+    // Some pages are pinned already, so that what is left comes in two runs.
+    let accessor = ioas.accessor(true, Arc::new(|_| {})).unwrap();
+    sweep_with(&ioas, account(&client, &purse), || ioas.map_source(&source, at(0x1000_0000), Perm::RW).map(drop));
+    let pin = accessor.pin(iova(0x1000_8000, 0x3000), true).unwrap();
+    let other = Ioas::new(ioas.iommu(), Arc::new(MapAll));
+    other.copy(&ioas, iova(0x1000_0000, 64 * common::PAGE), at(0), Perm::RW).unwrap();
+    for domain in ioas.domains() {
+        ioas.detach(&domain).unwrap();
+    }
+    assert_eq!((client.pins(), purse.charged()), ("00000000111".into(), 3));
+    let domain = ioas.iommu().domain().unwrap();
+    let names = sweep_with(&other, account(&client, &purse), || other.attach(&domain));
+    assert!(names.is_superset(&BTreeSet::from(["ioas.pin", "ioas.pin_next", "ioas.charge", "ioas.area"])), "{names:?}");
+    other.unmap_all().unwrap();
+    let names = sweep_with(&other, account(&client, &purse), || {
+        other.copy(&ioas, iova(0x1000_0000, 64 * common::PAGE), at(0), Perm::READ).map(drop)
+    });
+    assert!(names.is_superset(&BTreeSet::from(["ioas.pin", "ioas.pin_next", "ioas.charge", "ioas.register"])), "{names:?}");
+    drop(pin);
+}
+
+#[test]
+fn pin() {
+    let ioas = Ioas::new(&iommu(), Arc::new(MapAll));
+    let (client, purse, source) = source(64, 128);
+    ioas.map_source(&source, at(0x1000_0000), Perm::RW).unwrap();
+    ioas.map_source(&source, at(0x1004_0000), Perm::RW).unwrap();
+    let mut made = None;
+    let names = sweep(&ioas, || ioas.accessor(true, Arc::new(|_| {})).map(|accessor| made = Some(accessor)));
+    assert!(names.contains("ioas.accessor"), "{names:?}");
+    let accessor = made.unwrap();
+    let _middle = accessor.pin(iova(0x1001_0000, 0x2000), false).unwrap();
+    let mut pin = None;
+    let names =
+        sweep_with(&ioas, account(&client, &purse), || accessor.pin(iova(0x1000_f000, 0x4_0000), true).map(|made| pin = Some(made)));
+    assert!(names.is_superset(&BTreeSet::from(["ioas.pin", "ioas.pin_next", "ioas.charge"])), "{names:?}");
+    assert_eq!(purse.charged(), 64);
+}
+
+#[test]
+fn split() {
+    let (ioas, ..) = rig();
+    let (client, purse, source) = source(1024, 1024);
+    ioas.map_source(&source, at(0x1000_0000), Perm::RW).unwrap();
+    let names = sweep_with(&ioas, account(&client, &purse), || ioas.split(Iova::new(0x1010_3000)));
+    let wanted = ["ioas.split", "ioas.split_hold", "ioas.register", "ioas.edit", "pt.table"];
+    assert!(names.is_superset(&BTreeSet::from(wanted)), "{names:?}");
+    // In what is shared, private and absent.
+    sweep(&ioas, || ioas.split(Iova::new(0x4000_0000 + 120 * common::PAGE)));
+    sweep(&ioas, || ioas.split(Iova::new(0x4000_0000 + 1010 * common::PAGE)));
+    sweep(&ioas, || ioas.split(Iova::new(0x4000_0000 + 9 * MIB - 5 * common::PAGE)));
 }
 
 #[test]

@@ -7,7 +7,7 @@ use crate::iotlb::{Hit, Iotlb};
 use crate::log::Missed;
 use crate::{Access, Device, Domain, Fault, FaultKind};
 use addr::{Address, Gpa, Iova, Oa, Span};
-use backing::{HostAddr, Windows};
+use backing::{HostAddr, Owner, Windows};
 use pt::{Leaf, Perm};
 use secure::{Refusal, Requester};
 use std::sync::Arc;
@@ -53,6 +53,13 @@ impl Place {
             Some(host) => Some(host),
             None => Windows::find(self.oa)?.host(self.oa, len),
         }
+    }
+
+    /// Who copies `len` bytes that this process sees nowhere, and where they begin in the owner's pages. The caller keeps them inside the leaf.
+    #[cold]
+    pub(crate) fn owner(&self, len: u64) -> Option<(Arc<dyn Owner>, u64)> {
+        let backing = Windows::find(self.oa)?;
+        Some((Arc::clone(backing.owner()?), backing.offset_of(self.oa, len)?))
     }
 }
 

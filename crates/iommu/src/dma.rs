@@ -1,6 +1,7 @@
 //! DMA: one thread's accesses for one device, descriptor by descriptor (D-2).
 
-use crate::context::{Context, Refused};
+use crate::context::{Context, Place, Refused};
+use crate::far::{self, Buffer, From, Into};
 use crate::slice::DmaSlice;
 use crate::{Access, Device, Error, Fault, FaultKind, IotlbStats};
 use addr::{Address, Iova, Oa, Span};
@@ -92,7 +93,7 @@ impl Dma {
     /// # Errors
     /// [`Fault`]; `done` bytes of `into` have been filled.
     pub fn read(&mut self, iova: Iova, into: &mut [u8]) -> Result<(), Fault> {
-        self.transfer(iova, into.len() as u64, Access::Read, |host, at, len| host.read(0, &mut into[at..at + len]))
+        self.transfer(iova, into.len() as u64, Access::Read, Into(into))
     }
 
     /// Writes memory, from `iova` on.
@@ -100,28 +101,26 @@ impl Dma {
     /// # Errors
     /// [`Fault`]; `done` bytes have been written.
     pub fn write(&mut self, iova: Iova, from: &[u8]) -> Result<(), Fault> {
-        self.transfer(iova, from.len() as u64, Access::Write, |host, at, len| host.write(0, &from[at..at + len]))
+        self.transfer(iova, from.len() as u64, Access::Write, From(from))
     }
 
     #[inline]
-    fn transfer(
-        &mut self,
-        iova: Iova,
-        len: u64,
-        access: Access,
-        mut copy: impl FnMut(HostAddr, usize, usize) -> Result<(), CopyFault>,
-    ) -> Result<(), Fault> {
+    fn transfer(&mut self, iova: Iova, len: u64, access: Access, mut buffer: impl Buffer) -> Result<(), Fault> {
         self.check_length(iova, len, access)?;
         self.chunks(len, (iova, access), |context, done, limit| {
             let at = iova.plus(done);
             let place = context.resolve(at, access).map_err(|refused| context.fault(at, access, done, refused))?;
             let now = limit.min(place.rest.saturating_add(1));
-            let nowhere = Refused::by(FaultKind::NoHostMemory, Some(place.oa));
-            let host = place.host(now).ok_or_else(|| context.fault(at, access, done, nowhere))?;
+            let Some(host) = place.host(now) else {
+                return far::transfer(&place, now, done, &mut buffer).map_err(|(part, kind)| {
+                    let refused = Refused::by(kind, Some(place.oa.plus(part)));
+                    context.fault(at.plus(part), access, done + part, refused)
+                });
+            };
             linger();
-            let Err(CopyFault { done: part }) = copy(host, done as usize, now as usize) else { return Ok(now) };
+            let Err(CopyFault { done: part }) = buffer.near(host, done as usize, now as usize) else { return Ok(now) };
             let (mut part, gone) = (part as u64, first_gone(host, part as u64, now));
-            if gone > part && copy(host.plus(part), (done + part) as usize, (gone - part) as usize).is_ok() {
+            if gone > part && buffer.near(host.plus(part), (done + part) as usize, (gone - part) as usize).is_ok() {
                 part = gone;
             }
             let refused = Refused::by(FaultKind::HostMemoryGone, Some(place.oa.plus(gone)));
@@ -141,9 +140,14 @@ impl Dma {
             let source = context.resolve(from, Access::Read).map_err(|refused| context.fault(from, Access::Read, done, refused))?;
             let target = context.resolve(to, Access::Write).map_err(|refused| context.fault(to, Access::Write, done, refused))?;
             let now = limit.min(source.rest.saturating_add(1)).min(target.rest.saturating_add(1));
-            let nowhere = |oa| Refused::by(FaultKind::NoHostMemory, Some(oa));
-            let source_host = source.host(now).ok_or_else(|| context.fault(from, Access::Read, done, nowhere(source.oa)))?;
-            let target_host = target.host(now).ok_or_else(|| context.fault(to, Access::Write, done, nowhere(target.oa)))?;
+            let (Some(source_host), Some(target_host)) = (source.host(now), target.host(now)) else {
+                return far::copy(&source, &target, now).map_err(|stop| {
+                    let (iova, access, place): (Iova, Access, &Place) =
+                        if stop.reading { (from, Access::Read, &source) } else { (to, Access::Write, &target) };
+                    let refused = Refused::by(stop.kind, Some(place.oa.plus(stop.done)));
+                    context.fault(iova.plus(stop.done), access, done + stop.done, refused)
+                });
+            };
             linger();
             let Err(CopyFault { done: part }) = HostAddr::copy(source_host, target_host, now as usize) else { return Ok(now) };
             let part = part as u64;

@@ -4,9 +4,10 @@
 //! caller does the first, [`Domain::flush`] the rest.
 
 use crate::log::{Log, Missed};
-use crate::{IoArena, IoTable};
-use addr::{Iova, Span};
-use pt::{Gather, NoTable};
+use crate::{DomainConfig, Error, IoArena, IoTable};
+use addr::{Iova, Lg2, SizeSet, Span};
+use backing::Words;
+use pt::{FormatKind, Gather, NoTable, Stock};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -16,6 +17,11 @@ use sync::{Readers, fail};
 pub struct Domain {
     id: u32,
     table: IoTable,
+    format: FormatKind,
+    sizes: SizeSet,
+    smallest: Lg2,
+    aperture: Span<Iova>,
+    can_track_dirty: bool,
     log: Log,
     readers: Arc<Readers>,
     dirty: AtomicBool,
@@ -33,10 +39,17 @@ pub struct FlushStats {
 }
 
 impl Domain {
-    pub(crate) fn new(id: u32, arena: &Arc<IoArena>, readers: &Arc<Readers>) -> Result<Self, NoTable> {
+    pub(crate) fn new(id: u32, config: &DomainConfig, arena: &Arc<IoArena>, readers: &Arc<Readers>) -> Result<Self, Error> {
+        let format = config.format;
+        let (sizes, aperture) = config.limits()?;
         Ok(Self {
             id,
-            table: IoTable::new(Arc::clone(arena))?,
+            table: IoTable::new(format, Arc::clone(arena))?,
+            format,
+            sizes,
+            smallest: sizes.smallest().unwrap_or(format.granule()),
+            aperture,
+            can_track_dirty: config.tracks_dirty && format.dirty_bit() != 0,
             log: Log::new(),
             readers: Arc::clone(readers),
             dirty: AtomicBool::new(false),
@@ -54,6 +67,34 @@ impl Domain {
     #[inline]
     pub fn table(&self) -> &IoTable {
         &self.table
+    }
+
+    /// The format of its page table.
+    #[inline]
+    pub fn format(&self) -> FormatKind {
+        self.format
+    }
+
+    /// The leaf sizes that may be used: the format's, as far as the domain was made with them. Whoever maps, cuts or merges keeps to them.
+    #[inline]
+    pub fn sizes(&self) -> SizeSet {
+        self.sizes
+    }
+
+    /// The smallest of them: what mappings are multiples of.
+    #[inline]
+    pub fn smallest(&self) -> Lg2 {
+        self.smallest
+    }
+
+    /// The IOVAs that it translates. Whoever maps keeps to them.
+    pub fn aperture(&self) -> Span<Iova> {
+        self.aperture
+    }
+
+    /// Whether [`Domain::track_dirty`] has an effect.
+    pub fn can_track_dirty(&self) -> bool {
+        self.can_track_dirty
     }
 
     /// Ends an edit: logs what was cleared, waits until nobody uses it any more, frees the tables. When this returns no DMA through
@@ -89,14 +130,37 @@ impl Domain {
         self.graces.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// Cuts leaves so that `span`, which the caller holds, has borders of its own: [`pt::Table::cut`]. Where the format needs break-before-make
+    /// each cut is a flush: DMA to all of a leaf that is cut faults for that moment, and [`pt::Table::breaks`] counts.
+    ///
+    /// # Errors
+    /// No table. Every translation is as before.
+    ///
+    /// # Panics
+    /// As [`Domain::flush`], in such a format.
+    pub fn cut(&self, span: Span<Iova>, sizes: SizeSet, stock: &mut Stock<Words>) -> Result<u32, NoTable> {
+        self.table.cut(span, sizes, stock, |broken| self.flush_now(broken))
+    }
+
+    /// Joins leaves inside `span`, all of which the caller holds until it has flushed `gather`: [`pt::Table::merge`]. Where the format needs
+    /// break-before-make nothing is joined: a larger leaf is not worth the DMA that would fault meanwhile.
+    pub fn merge(&self, span: Span<Iova>, sizes: SizeSet, gather: &mut Gather) -> u32 {
+        if self.format.hitless().is_allowed() { self.table.merge(span, sizes, gather, |broken| self.flush_now(broken)) } else { 0 }
+    }
+
+    fn flush_now(&self, span: Span<Iova>) {
+        self.invalidate(std::iter::once(span));
+        self.wait();
+    }
+
     /// Whether the calling thread holds a zero-copy slice of this domain, so that unmapping would wait for itself.
     pub fn held_by_caller(&self) -> bool {
         self.readers.held_by_caller(self.id)
     }
 
-    /// From now on writes mark their leaves dirty, or no longer do.
+    /// From now on writes mark their leaves dirty, or no longer do. A domain that cannot ([`Domain::can_track_dirty`]) never does.
     pub fn track_dirty(&self, on: bool) {
-        self.dirty.store(on, Ordering::Release);
+        self.dirty.store(on && self.can_track_dirty, Ordering::Release);
         // After the grace period every write is one that knows.
         self.readers.grace(self.id);
     }
@@ -128,6 +192,10 @@ impl Domain {
 
 impl fmt::Debug for Domain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Domain").field("id", &self.id).field("flushes", &self.flush_stats()).finish_non_exhaustive()
+        f.debug_struct("Domain")
+            .field("id", &self.id)
+            .field("format", &self.format)
+            .field("flushes", &self.flush_stats())
+            .finish_non_exhaustive()
     }
 }

@@ -7,7 +7,7 @@
 use addr::{Address, Iova, Lg2, Span};
 use pt::Perm;
 
-/// The tag of an entry: its first IOVA, whose low 12 bits are free, and in these the size and four flags.
+/// The tag of an entry: its first IOVA, whose low bits are free, and in these the size and four flags.
 const LG2: u64 = 0x3f;
 const PERM_SHIFT: u32 = 6;
 const PERM: u64 = 3 << PERM_SHIFT;
@@ -15,6 +15,8 @@ const PERM: u64 = 3 << PERM_SHIFT;
 const DIRTY: u64 = 1 << 8;
 /// On the first place of a home: something that belongs here lives in its second home.
 const SPILLED: u64 = 1 << 9;
+/// The smallest leaf that leaves the low bits of its first IOVA to the tag.
+const LEAST_LG2: u8 = 10;
 const KEY: u64 = !(PERM | DIRTY | SPILLED);
 
 const GOLDEN: [u64; 2] = [0x9e37_79b9_7f4a_7c15, 0xc2b2_ae3d_27d4_eb4f];
@@ -168,7 +170,7 @@ impl<V: Copy + Default> Iotlb<V> {
 
     /// Puts in the leaf of `size` that begins at `start`; what was known of exactly this leaf is replaced. Answers what a lookup would.
     pub fn fill(&mut self, start: Iova, size: Lg2, perm: Perm, value: V) -> Hit<V> {
-        debug_assert!(start.is_aligned(size.0) && (addr::PAGE_LG2..64).contains(&size.0), "no leaf of {size} at {start}");
+        debug_assert!(start.is_aligned(size.0) && (LEAST_LG2..64).contains(&size.0), "no leaf of {size} at {start}");
         let block = start.get() >> size.0;
         let tag = block << size.0 | u64::from(size.0) | u64::from(perm.bits()) << PERM_SHIFT;
         let at = match self.find(start.get(), size.0) {

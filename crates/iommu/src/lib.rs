@@ -10,17 +10,20 @@
 //! What is modelled: the trust of a device (T=0, T=1) and the secure world's answer. What is real: the page-table format, the bytes, the order
 //! of things.
 
+mod config;
 mod context;
 mod device;
 mod dma;
 mod domain;
 pub mod engine;
+mod far;
 mod fault;
 mod iotlb;
 mod log;
 mod slice;
 mod unit;
 
+pub use config::DomainConfig;
 pub use device::{Device, Tdisp, Trust};
 pub use dma::{CHUNK_BYTES, Dma, DmaStats, Translation};
 pub use domain::{Domain, FlushStats};
@@ -30,8 +33,9 @@ pub use iotlb::{Hit, Iotlb, IotlbStats};
 pub use slice::{DmaSlice, SliceError};
 pub use unit::{Config, Error, Iommu};
 
-/// Page tables in the format that AMD's IOMMU reads for untranslated host memory, the only one that SNP allows.
-pub type IoTable = pt::Table<pt::AmdV1, backing::Words>;
+/// A domain's page table. Its format is chosen with the domain; AMDv1, what AMD's IOMMU reads for untranslated host memory, is the only one
+/// that SNP allows.
+pub type IoTable = pt::AnyTable<backing::Words>;
 /// The memory of all page tables of an [`Iommu`].
 pub type IoArena = pt::Arena<backing::Words>;
 /// The reverse map that an [`Iommu`] asks.

@@ -1,6 +1,6 @@
 //! One IOMMU: the memory of its page tables, the secure world's table that it asks, its readers and its fault log.
 
-use crate::{Device, Domain, FaultLog, IoArena, SystemRmp};
+use crate::{Device, Domain, DomainConfig, FaultLog, IoArena, SystemRmp};
 use addr::Oa;
 use backing::Words;
 use std::fmt;
@@ -11,7 +11,7 @@ use thiserror::Error;
 
 /// Table memory begins here: below the output addresses of any window, so that a table is never a DMA target.
 const TABLES_AT: Oa = Oa::new(1 << 32);
-/// Entries of an AMDv1 table, as a logarithm.
+/// Entries of a table, as a logarithm: the same in every format that a domain can have.
 const TABLE_WORDS_LG2: u8 = 9;
 
 /// Why a call failed. Nothing was changed.
@@ -43,6 +43,22 @@ pub enum Error {
         /// The domain.
         domain: u32,
     },
+    /// A domain was to have leaf sizes of which its format has none.
+    #[error("format {format} has no leaf size in {:#x}; its sizes are {:#x}", .sizes.0, .format.sizes().0)]
+    NoSizes {
+        /// The format.
+        format: pt::FormatKind,
+        /// The sizes that were asked for.
+        sizes: addr::SizeSet,
+    },
+    /// A domain was to translate addresses that its format cannot.
+    #[error("format {format} translates {} and nothing of {aperture}", .format.aperture())]
+    NoAperture {
+        /// The format.
+        format: pt::FormatKind,
+        /// The addresses that were asked for.
+        aperture: addr::Span<addr::Iova>,
+    },
     /// A test made this step fail.
     #[error(transparent)]
     Injected(#[from] sync::fail::Injected),
@@ -57,12 +73,14 @@ pub struct Config {
     pub iotlb_entries: usize,
     /// Fault records that are kept.
     pub fault_records: usize,
+    /// What a domain is whose maker does not say otherwise ([`Iommu::domain`]).
+    pub domain: DomainConfig,
 }
 
 impl Default for Config {
     /// 16 GiB of address space for tables: enough to map 8 TiB in 4 KiB leaves.
     fn default() -> Self {
-        Self { table_bytes: 16 << 30, iotlb_entries: 16_384, fault_records: 1024 }
+        Self { table_bytes: 16 << 30, iotlb_entries: 16_384, fault_records: 1024, domain: DomainConfig::default() }
     }
 }
 
@@ -73,6 +91,7 @@ pub struct Iommu {
     readers: Arc<Readers>,
     faults: FaultLog,
     iotlb_entries: usize,
+    domain: DomainConfig,
     next_domain: AtomicU32,
     next_device: AtomicU32,
 }
@@ -91,19 +110,29 @@ impl Iommu {
             readers: Arc::default(),
             faults: FaultLog::new(config.fault_records),
             iotlb_entries: config.iotlb_entries,
+            domain: config.domain,
             next_domain: AtomicU32::new(1),
             next_device: AtomicU32::new(1),
         }))
     }
 
-    /// A new, empty domain. A fallible step, named `iommu.domain`.
+    /// A new, empty domain as [`Config::domain`] has it: AMDv1, with all that it offers, if that says nothing else. A fallible step, named
+    /// `iommu.domain`.
     ///
     /// # Errors
-    /// [`Error::NoTable`].
+    /// [`Error::NoTable`]; those of [`Iommu::domain_with`] when the configuration's limits leave nothing of its format.
     pub fn domain(&self) -> Result<Arc<Domain>, Error> {
+        self.domain_with(&self.domain)
+    }
+
+    /// A new, empty domain of a format and with limits of the caller's choice. The same fallible step.
+    ///
+    /// # Errors
+    /// [`Error::NoTable`]; [`Error::NoSizes`], [`Error::NoAperture`] when the limits leave nothing of the format.
+    pub fn domain_with(&self, config: &DomainConfig) -> Result<Arc<Domain>, Error> {
         sync::fail::step("iommu.domain")?;
         let id = self.next_domain.fetch_add(1, Ordering::Relaxed);
-        Ok(Arc::new(Domain::new(id, &self.arena, &self.readers)?))
+        Ok(Arc::new(Domain::new(id, config, &self.arena, &self.readers)?))
     }
 
     /// A new device, attached to nothing, untrusted.

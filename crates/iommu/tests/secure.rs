@@ -101,7 +101,7 @@ fn sizes_must_agree_and_a_fresh_walk_decides() {
     rmp.psmash(oa).unwrap();
     dma.write(Iova::new(0x3000), b"between").unwrap();
     let mut stock = Stock::new(machine.iommu.arena());
-    machine.domain.table().cut(span(Iova::new(0x3000), 0x1000), SizeSet::only(Lg2::K4), &mut stock).unwrap();
+    machine.domain.cut(span(Iova::new(0x3000), 0x1000), SizeSet::only(Lg2::K4), &mut stock).unwrap();
     rmp.smash_end(oa);
     // The cached 2 MiB entry is wrong now; a fresh walk finds the cut leaf, and from then on that one answers.
     let rechecks = dma.stats().rechecks;
@@ -151,10 +151,10 @@ fn splits_under_dma_are_invisible() {
             machine.iommu.rmp().smash_begin(oa);
             let cut = || {
                 let mut stock = Stock::new(machine.iommu.arena());
-                machine.domain.table().cut(span(iova, 0x1000), SizeSet::only(Lg2::K4), &mut stock).unwrap();
+                machine.domain.cut(span(iova, 0x1000), SizeSet::only(Lg2::K4), &mut stock).unwrap();
                 // The pieces beside the cut page are larger than 4 KiB; all of them must become small.
                 for page in iova.get() >> 12..(iova.get() + 2 * MIB) >> 12 {
-                    machine.domain.table().cut(span(Iova::new(page << 12), 0x1000), SizeSet::only(Lg2::K4), &mut stock).unwrap();
+                    machine.domain.cut(span(Iova::new(page << 12), 0x1000), SizeSet::only(Lg2::K4), &mut stock).unwrap();
                 }
             };
             if block % 2 == 0 {

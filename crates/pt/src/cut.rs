@@ -1,4 +1,5 @@
-//! Cut: a large leaf becomes smaller ones that say the same, so that a span has borders of its own. Hitless (design D-4).
+//! Cut: a large leaf becomes smaller ones that say the same, so that a span has borders of its own. Hitless (design D-4), unless the hardware
+//! cannot take it: then the leaf is hidden first, see `hide`.
 //!
 //! A leaf in one slot is replaced by a pointer to a table that was complete before; a leaf over several slots is rewritten slot by slot.
 //! Each store is a compare-exchange against the very value that was read, so cuts of one leaf may race, and a dirty bit that a device sets
@@ -6,7 +7,8 @@
 
 use crate::arena::{NoTable, Stock, TableId};
 use crate::atomic::{AtomicU64, Ordering};
-use crate::table::group;
+use crate::hide::{Flush, breaks, look};
+use crate::table::{group, write_slots};
 use crate::{Entry, Format, Perm, Table};
 use addr::{Address, Iova, Lg2, Oa, SizeSet, Span};
 use core::ops::Deref;
@@ -39,11 +41,17 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
     /// Cuts until no leaf crosses a border of `span`, and every leaf that meets the span and had to be cut is of a size in `sizes`.
     /// Answers how many leaves were cut.
     ///
-    /// The caller holds `span`, not the leaves around it. Translations stay as they were at every moment; nothing needs invalidation.
+    /// The caller holds `span`, not the leaves around it. Where [`Format::HITLESS`] allows it, translations stay as they were at every
+    /// moment, nothing needs invalidation and `flush` is not called.
+    ///
+    /// Elsewhere each leaf that is cut is hidden, `flush` is called with all of its span and comes back when no device uses it any more, and
+    /// then the pieces are put in its place. In between DMA to the leaf faults, also to the part that others hold;
+    /// [`breaks`](Self::breaks) counts these moments. Whoever holds another part meanwhile sees the leaf as if it stood
+    /// ([`leaf_at`](Self::leaf_at)), and may cut it as well.
     ///
     /// # Errors
     /// [`NoTable`]: some leaves may have been cut, every translation is as before. A stock of [`Table::tables_for_cut`] rules it out.
-    pub fn cut(&self, span: Span<Iova>, sizes: SizeSet, stock: &mut Stock<W>) -> Result<u32, NoTable> {
+    pub fn cut(&self, span: Span<Iova>, sizes: SizeSet, stock: &mut Stock<W>, mut flush: impl FnMut(Span<Iova>)) -> Result<u32, NoTable> {
         let want = Want { span, sizes: sizes.and(F::SIZES) };
         let (top, level) = self.root();
         let (Some(part), Some(top)) = (span.intersect(Self::whole(level)), self.arena.table_at(top)) else { return Ok(0) };
@@ -51,7 +59,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
         let ends = [Some(part.start()), (part.last() != part.start()).then_some(part.last())];
         for end in ends.into_iter().flatten() {
             let before = cuts;
-            let done = self.cut_at(top, level, end, want, stock, &mut cuts);
+            let done = self.cut_at(top, level, end, want, stock, &mut flush, &mut cuts);
             self.cuts.fetch_add(u64::from(cuts - before), Ordering::Relaxed);
             done?;
         }
@@ -64,13 +72,22 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
     }
 
     /// Brings the leaf that answers for `at` to a size that keeps to `want`.
-    fn cut_at(&self, table: TableId, level: u8, at: Iova, want: Want, stock: &mut Stock<W>, cuts: &mut u32) -> Result<(), NoTable> {
-        let (mut table, mut level) = (table, level);
+    #[expect(clippy::too_many_arguments, reason = "a place, a wish, and what it takes")]
+    fn cut_at(
+        &self,
+        mut table: TableId,
+        mut level: u8,
+        at: Iova,
+        want: Want,
+        stock: &mut Stock<W>,
+        flush: Flush<'_>,
+        cuts: &mut u32,
+    ) -> Result<(), NoTable> {
         loop {
             let slot = F::slot(at, level);
             let entry = &self.arena.entries(table)[slot];
             let seen = entry.load(Ordering::Acquire);
-            match F::decode(seen, level) {
+            match look::<F>(seen, level) {
                 Entry::Absent => return Ok(()),
                 Entry::Table(below) => {
                     let Some(below) = self.arena.table_at(below).filter(|_| level > 0) else { return Ok(()) };
@@ -84,18 +101,47 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
                     let source = Source { span: whole, oa, perm, dirty };
                     if size.0 == F::item_lg2(level) {
                         let below = self.build_below(source, level - 1, want, stock)?;
-                        let pointer = F::table(level, self.arena.oa_of(below));
-                        pause();
-                        // Release: the table is complete before the pointer is seen (I-2).
-                        match entry.compare_exchange(seen, pointer, Ordering::AcqRel, Ordering::Acquire) {
-                            Ok(_) => *cuts += 1,
-                            Err(_) => self.unbuild(below, level - 1, stock),
+                        if self.put_table(entry, seen, level, below, whole, flush) {
+                            *cuts += 1;
+                        } else {
+                            self.unbuild(below, level - 1, stock);
                         }
                     } else {
+                        if breaks::<F>() {
+                            let (first, slots) = group::<F>(slot, level, size);
+                            self.hide_slots(&self.arena.entries(table)[first..first + slots], level, size, whole, flush);
+                        }
                         self.split_group(table, level, slot, source, want);
                         *cuts += 1;
                     }
                 }
+            }
+        }
+    }
+
+    /// Puts a pointer to a complete table in the place of the leaf `seen`, which says the same. `false` when somebody else was first.
+    fn put_table(&self, entry: &AtomicU64, seen: u64, level: u8, below: TableId, whole: Span<Iova>, flush: Flush<'_>) -> bool {
+        let pointer = F::table(level, self.arena.oa_of(below));
+        if breaks::<F>() {
+            return self.replace_hidden(entry, seen, whole, flush, |late| {
+                if late {
+                    self.soil(below, level - 1);
+                }
+                pointer
+            });
+        }
+        pause();
+        // Release: the table is complete before the pointer is seen (I-2).
+        entry.compare_exchange(seen, pointer, Ordering::AcqRel, Ordering::Acquire).is_ok()
+    }
+
+    /// Marks every leaf in a private table as dirty.
+    fn soil(&self, table: TableId, level: u8) {
+        self.children(table, level).for_each(|below| self.soil(below, level - 1));
+        for entry in self.arena.entries(table) {
+            let value = entry.load(Ordering::Relaxed);
+            if let Entry::Leaf { .. } = F::decode(value, level) {
+                entry.store(F::dirtied(value), Ordering::Relaxed);
             }
         }
     }
@@ -115,10 +161,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
             let piece = Span::block(at, size.0);
             // At the granule there is nothing smaller, so a border inside it stays inside.
             if want.keeps(piece, size) || level == 0 {
-                let value = F::leaf(level, size, oa, source.perm) | dirty;
-                for entry in &entries[slot..slot + slots] {
-                    entry.store(value, Ordering::Relaxed);
-                }
+                write_slots::<F>(&entries[slot..slot + slots], level, F::leaf(level, size, oa, source.perm) | dirty, Ordering::Relaxed);
             } else {
                 let part = Source { span: piece, oa, ..source };
                 let below = match self.build_below(part, level - 1, want, stock) {
@@ -165,7 +208,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
             loop {
                 let seen = entry.load(Ordering::Acquire);
                 // Another cut may have been here; its pieces are looked at like ours.
-                let Entry::Leaf { size, oa, perm, .. } = F::decode(seen, level) else { break };
+                let Entry::Leaf { size, oa, perm, .. } = look::<F>(seen, level) else { break };
                 let block = Span::block(at, size.0);
                 if size.0 == item || want.keeps(block, size) {
                     break;
@@ -175,7 +218,9 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
                     smaller = Lg2(smaller.0 - 1);
                 }
                 let piece = Span::block(at, smaller.0);
-                let value = F::leaf(level, smaller, oa.plus(piece.start().offset_from(block.start())), perm) | dirty | seen & F::DIRTY;
+                let first = F::leaf(level, smaller, oa.plus(piece.start().offset_from(block.start())), perm);
+                let slot = first + (at.offset_from(piece.start()) >> item) * F::slot_step(level);
+                let value = slot | dirty | seen & F::DIRTY;
                 pause();
                 if entry.compare_exchange(seen, value, Ordering::AcqRel, Ordering::Acquire).is_ok() {
                     break;

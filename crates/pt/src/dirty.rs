@@ -1,6 +1,7 @@
 //! Dirty bits: set by whoever writes for a device, read and cleared by whoever migrates the guest.
 
 use crate::atomic::{AtomicU64, Ordering};
+use crate::hide::look;
 use crate::table::group;
 use crate::{Entry, Format, Gather, Leaf, Table};
 use addr::{Iova, Span};
@@ -8,7 +9,11 @@ use core::ops::Deref;
 
 impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
     /// Marks the leaf that answers for `iova` as written to, by compare-exchange on the exact entry: if it changed meanwhile, the walk is
-    /// made again, so the bit lands in what replaced it. The caller is inside a guard. `false` when nothing is mapped there.
+    /// made again, so the bit lands in what replaced it. The caller is inside a guard. `false` when nothing is mapped there, or when the
+    /// leaf is read-only in a format in which such a leaf cannot be dirty ([`Format::dirtied`]).
+    ///
+    /// A leaf that a cut has hidden meanwhile ([`Hitless::BreakFirst`](crate::Hitless::BreakFirst)) is marked as well: the write was let
+    /// through before.
     pub fn mark_dirty(&self, iova: Iova) -> bool {
         if F::DIRTY == 0 {
             return self.walk(iova).is_some();
@@ -21,13 +26,18 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
             loop {
                 let Some(entry) = self.arena.entry_at(table, F::slot(iova, level)) else { return false };
                 let seen = entry.load(Ordering::Acquire);
-                match F::decode(seen, level) {
+                match look::<F>(seen, level) {
                     Entry::Table(below) if level > 0 => (table, level) = (below, level - 1),
-                    Entry::Leaf { dirty: true, .. } => return true,
-                    Entry::Leaf { .. } => match entry.compare_exchange(seen, seen | F::DIRTY, Ordering::AcqRel, Ordering::Relaxed) {
-                        Ok(_) => return true,
-                        Err(_) => continue 'walk,
-                    },
+                    Entry::Leaf { dirty, .. } => {
+                        let marked = F::dirtied(seen);
+                        if dirty || marked == seen {
+                            return dirty;
+                        }
+                        match entry.compare_exchange(seen, marked, Ordering::AcqRel, Ordering::Relaxed) {
+                            Ok(_) => return true,
+                            Err(_) => continue 'walk,
+                        }
+                    }
                     _ => return false,
                 }
             }

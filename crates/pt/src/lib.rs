@@ -5,9 +5,11 @@
 //!
 //! - *table*: an array of entries, a power of two of them, in an [`Arena`]. *Level* 0 is the table of the smallest leaves.
 //! - *entry*: 8 bytes of a table. It is absent, a *leaf* (an output address and a size) or points to a table one level down.
-//! - *slot*: the place of an entry. A leaf larger than its level's item fills several slots with one value (AMDv1 next-level 7).
+//! - *slot*: the place of an entry. A leaf larger than its level's item fills several slots: with one value (AMDv1 next-level 7, Svnapot),
+//!   or each with an output address of its own (Arm's contiguous bit).
 //! - *cut*: replace a large leaf by smaller ones that say the same. *Merge*: the reverse. Both are hitless: each slot changes by one store
-//!   between two values that translate alike.
+//!   between two values that translate alike. Hardware that cannot take that ([`Hitless::BreakFirst`]) has the leaf *hidden* first: out of
+//!   its sight, and still there for whoever edits.
 //! - *retire*: take a table out of the tree. It is given back to the arena by [`Gather::finish`], after invalidation and grace.
 //!
 //! Who may do what (design D-3): the caller of `map`, `unmap` and `merge` holds the whole span that it passes. `cut` needs only the span
@@ -17,25 +19,29 @@
 
 extern crate alloc;
 
-mod amdv1;
+mod any;
 mod arena;
 mod atomic;
 mod cut;
 mod dirty;
 mod format;
+mod formats;
 mod gather;
+mod hide;
 mod map;
 mod merge;
 mod shed;
 mod table;
-mod toy;
 mod unmap;
 
-pub use amdv1::AmdV1;
+pub use any::AnyTable;
 pub use arena::{Arena, NoTable, Stock};
 pub use atomic::{AtomicU64, Ordering};
-pub use format::{Entry, Format, Hitless, Perm};
+pub use format::{Config, Entry, Format, Hitless, Perm, PermSet};
+pub use formats::{
+    AmdGranule, AmdV1, AmdV1Coherent, AmdV1K2, Armv8S2, FormatKind, FormatVisitor, RiscV, Toy, ToyBreaking, ToyOf, UnknownFormat, VtdSs,
+    X86_64,
+};
 pub use gather::Gather;
 pub use map::MapError;
 pub use table::{Leaf, Table};
-pub use toy::Toy;

@@ -5,8 +5,9 @@
 
 use crate::arena::{NoTable, Stock, TableId};
 use crate::atomic::{AtomicU64, Ordering};
-use crate::table::{group, wipe};
-use crate::{Entry, Format, Gather, Perm, Table};
+use crate::hide::{breaks, look};
+use crate::table::{wipe, write_slots};
+use crate::{Entry, Format, Gather, Perm, PermSet, Table};
 use addr::{Address, Iova, Lg2, Oa, SizeSet, Span};
 use core::ops::Deref;
 use sync::pause::pause;
@@ -38,6 +39,16 @@ pub enum MapError {
         iova: Span<Iova>,
         /// And to where.
         oa: Oa,
+        /// The format's name.
+        format: &'static str,
+    },
+    /// The format cannot say this permission. Its [`PermSet`] has those that it can.
+    #[error("{format} has no leaf with permission '{perm:?}'; the nearest that allows as much is '{nearest:?}'")]
+    Perm {
+        /// What was asked for.
+        perm: Perm,
+        /// The least that allows it and can be said.
+        nearest: Perm,
         /// The format's name.
         format: &'static str,
     },
@@ -125,6 +136,9 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
         stock: &mut Stock<W>,
         gather: &mut Gather,
     ) -> Result<(), MapError> {
+        if F::PERMS != PermSet::ALL && !F::PERMS.has(perm) {
+            return Err(Self::unsayable(perm));
+        }
         let sizes = sizes.and(F::SIZES);
         if let Some(only) = Self::one_leaf(iova, oa, sizes)
             && let Some(entry) = self.free_slot(only)
@@ -135,6 +149,11 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
             return Ok(());
         }
         self.map_runs(Self::job(iova, oa, sizes)?, iova, perm, stock, gather)
+    }
+
+    #[cold]
+    fn unsayable(perm: Perm) -> MapError {
+        MapError::Perm { perm, nearest: F::PERMS.covering(perm).unwrap_or(Perm::RW), format: F::NAME }
     }
 
     /// The whole call as one leaf that fills one slot, when it is that.
@@ -152,7 +171,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
 
     /// The general way. Apart, so that a call that maps one leaf saves no registers for it.
     #[inline(never)]
-    fn map_runs(&self, plan: Job, iova: Span<Iova>, perm: Perm, stock: &mut Stock<W>, gather: &mut Gather) -> Result<(), MapError> {
+    fn map_runs(&self, mut plan: Job, iova: Span<Iova>, perm: Perm, stock: &mut Stock<W>, gather: &mut Gather) -> Result<(), MapError> {
         let mut job = Job { ..plan };
         // The sizes lead from the smallest up, so there is always a first run.
         if let Some(only) = job.next::<F>().filter(|_| job.left == 0)
@@ -160,6 +179,9 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
         {
             write_run::<F>(entries, only, perm, corrupt::<F>());
             return Ok(());
+        }
+        if breaks::<F>() {
+            plan.sizes = self.sizes_beside_tables(&plan, iova)?;
         }
         stock.reserve(self.survey(iova, Job { ..plan })?)?;
         self.grow(iova.last(), 0, stock)?;
@@ -169,6 +191,27 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
             corrupt = 0;
         }
         Ok(())
+    }
+
+    /// The sizes of leaves that replace no table. A table without leaves may stay from before, and where hardware needs break-before-make a
+    /// leaf cannot take its place at once: smaller leaves in the table do.
+    fn sizes_beside_tables(&self, plan: &Job, iova: Span<Iova>) -> Result<SizeSet, MapError> {
+        let mut sizes = plan.sizes;
+        'again: loop {
+            let mut job = Job { sizes, ..*plan };
+            while let Some(run) = job.next::<F>() {
+                let Ok(Some(found)) = self.descend(run.at, run.level) else { continue };
+                let (first, slots) = run.slots::<F>();
+                let is_table = |entry: &AtomicU64| matches!(F::decode(entry.load(Ordering::Acquire), run.level), Entry::Table(_));
+                if found.level == run.level && self.arena.entries(found.table)[first..first + slots].iter().any(is_table) {
+                    sizes = sizes.up_to(Lg2(F::item_lg2(run.level) - 1));
+                    let smallest = sizes.smallest().ok_or(MapError::Occupied { at: Span::block(run.at, run.size.0) })?;
+                    debug_assert!(iova.is_aligned(smallest.0));
+                    continue 'again;
+                }
+            }
+            return Ok(sizes);
+        }
     }
 
     /// An upper bound of the tables that mapping `iova` takes, for a caller that must not fail later.
@@ -236,7 +279,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
         let mut table = self.arena.table_at(top).ok_or(occupied(level))?;
         while level > to {
             let entry = self.arena.entries(table)[F::slot(at, level)].load(Ordering::Acquire);
-            match F::decode(entry, level) {
+            match look::<F>(entry, level) {
                 Entry::Absent => break,
                 Entry::Table(below) => {
                     table = self.arena.table_at(below).ok_or(occupied(level))?;
@@ -289,7 +332,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
         }
         for (index, entry) in entries.iter().enumerate() {
             let at = Iova::new(run.at.get() + ((index as u64) << F::item_lg2(run.level)));
-            match F::decode(entry.load(Ordering::Acquire), run.level) {
+            match look::<F>(entry.load(Ordering::Acquire), run.level) {
                 Entry::Absent => {}
                 Entry::Leaf { size, .. } => return Err(MapError::Occupied { at: Span::block(at, size.0) }),
                 Entry::Table(_) => self.check_no_leaf(Span::block(at, F::item_lg2(run.level)))?,
@@ -341,7 +384,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
         let pointer = F::table(found.level, self.arena.oa_of(below));
         pause();
         let seen = entry.load(Ordering::Relaxed);
-        let absent = F::decode(seen, found.level) == Entry::Absent;
+        let absent = look::<F>(seen, found.level) == Entry::Absent;
         if absent && entry.compare_exchange(seen, pointer, Ordering::Release, Ordering::Relaxed).is_ok() {
             return Ok(true);
         }
@@ -377,18 +420,19 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
 /// What a planted fault changes in the first leaf of a map; nothing otherwise.
 #[inline(always)]
 fn corrupt<F: Format>() -> u64 {
-    if sync::fail::planted("pt.corrupt_leaf") { 1 << F::item_lg2(0) } else { 0 }
+    if sync::fail::planted("pt.corrupt_leaf") { F::step(Lg2(F::GRANULE_LG2)) } else { 0 }
 }
 
 /// Writes a run's leaves. Release: a device that sees a leaf sees what was done to its page before.
 #[inline(always)]
 fn write_run<F: Format>(entries: &[AtomicU64], run: Run, perm: Perm, corrupt: u64) {
     let mut value = F::leaf(run.level, run.size, run.oa, perm) ^ corrupt;
-    let step = if entries.len() == run.leaves as usize { run.size.bytes() } else { 0 };
-    debug_assert!(step != 0 || entries.len() == group::<F>(0, run.level, run.size).1);
+    if entries.len() != run.leaves as usize {
+        return write_slots::<F>(entries, run.level, value, Ordering::Release);
+    }
     for entry in entries {
         pause();
         entry.store(value, Ordering::Release);
-        value = value.wrapping_add(step);
+        value = value.wrapping_add(F::step(run.size));
     }
 }

@@ -1,4 +1,5 @@
-//! Merge: where neighbouring leaves say one thing, they become one larger leaf. Hitless, the reverse of a cut.
+//! Merge: where neighbouring leaves say one thing, they become one larger leaf. Hitless, the reverse of a cut, and like it by way of hidden
+//! leaves where the hardware cannot take that (`hide`).
 //!
 //! Inside a table, slots are rewritten one by one to the larger size; each keeps its own dirty bit, since a bit in any slot speaks for the
 //! whole leaf. A table that says one thing from end to end is replaced by one leaf in its parent and retired; until the grace period ends
@@ -7,6 +8,7 @@
 use crate::arena::TableId;
 use crate::atomic::{AtomicU64, Ordering};
 use crate::gather::Merged;
+use crate::hide::{Flush, breaks};
 use crate::{Entry, Format, Gather, Perm, Table};
 use addr::{Address, Iova, Lg2, Oa, SizeSet, Span};
 use core::ops::Deref;
@@ -17,11 +19,14 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
     ///
     /// The caller holds the whole span, and keeps it until it has called [`Gather::finish`]. Where no memory is left to remember a
     /// retired table, that table stays as it is.
-    pub fn merge(&self, span: Span<Iova>, sizes: SizeSet, gather: &mut Gather) -> u32 {
+    ///
+    /// `flush` is what it is in [`Table::cut`]: called only where [`Format::HITLESS`] asks for break-before-make, once for every leaf that
+    /// comes out. DMA to what becomes that leaf faults meanwhile, which few merges are worth.
+    pub fn merge(&self, span: Span<Iova>, sizes: SizeSet, gather: &mut Gather, mut flush: impl FnMut(Span<Iova>)) -> u32 {
         let (top, level) = self.root();
         let mut merges = 0;
         if let (Some(part), Some(top)) = (span.intersect(Self::whole(level)), self.arena.table_at(top)) {
-            self.merge_table(top, level, part, span, sizes.and(F::SIZES), gather, &mut merges);
+            self.merge_table(top, level, part, span, sizes.and(F::SIZES), gather, &mut flush, &mut merges);
             self.merges.fetch_add(u64::from(merges), Ordering::Relaxed);
         }
         merges
@@ -36,6 +41,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
         span: Span<Iova>,
         sizes: SizeSet,
         gather: &mut Gather,
+        flush: Flush<'_>,
         merges: &mut u32,
     ) {
         if level > 0 {
@@ -45,7 +51,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
                 let seen = entry.load(Ordering::Acquire);
                 let Entry::Table(below) = F::decode(seen, level) else { continue };
                 let Some(below) = self.arena.table_at(below) else { continue };
-                self.merge_table(below, level - 1, piece, span, sizes, gather, merges);
+                self.merge_table(below, level - 1, piece, span, sizes, gather, flush, merges);
                 let item = Lg2(F::item_lg2(level));
                 if !span.covers(Span::block(piece.start(), item.0)) || !sizes.has(item) {
                     continue;
@@ -55,14 +61,34 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
                     continue;
                 }
                 let leaf = F::leaf(level, item, oa, perm) | if dirty { F::DIRTY } else { 0 };
-                pause();
-                if entry.compare_exchange(seen, leaf, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+                if self.put_leaf(entry, seen, leaf, below, Span::block(piece.start(), item.0), flush) {
                     gather.retire_merged(&self.arena, Merged { table: below, parent: table, slot: slot as u32, dirty_bit: F::DIRTY });
                     *merges += 1;
                 }
             }
         }
-        self.join_slots(table, level, part, sizes, merges);
+        self.join_slots(table, level, part, sizes, flush, merges);
+    }
+
+    /// Puts one leaf in the place of the pointer `seen` to the table `below`, which says the same.
+    fn put_leaf(&self, entry: &AtomicU64, seen: u64, leaf: u64, below: TableId, whole: Span<Iova>, flush: Flush<'_>) -> bool {
+        if breaks::<F>() {
+            let hidden = leaf & !F::VALID;
+            pause();
+            if entry.compare_exchange(seen, hidden, Ordering::AcqRel, Ordering::Acquire).is_err() {
+                return false;
+            }
+            // Once flushed, nobody is in the table any more, and its dirty bits are what they will be.
+            let stands = self.replace_hidden(entry, hidden, whole, flush, |late| {
+                let soiled = late || self.arena.entries(below).iter().any(|entry| entry.load(Ordering::Acquire) & F::DIRTY != 0);
+                if soiled { F::dirtied(leaf) } else { leaf }
+            });
+            debug_assert!(stands, "somebody else changed {whole}, all of which the caller holds");
+            // Either way the table is out of the tree.
+            return true;
+        }
+        pause();
+        entry.compare_exchange(seen, leaf, Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 
     /// What a table says, when it says one thing from its first slot to its last.
@@ -86,7 +112,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
     }
 
     /// Joins leaves inside one table into multi-slot leaves, largest first.
-    fn join_slots(&self, table: TableId, level: u8, part: Span<Iova>, sizes: SizeSet, merges: &mut u32) {
+    fn join_slots(&self, table: TableId, level: u8, part: Span<Iova>, sizes: SizeSet, flush: Flush<'_>, merges: &mut u32) {
         let item = F::item_lg2(level);
         let in_table = SizeSet(sizes.0 & !(u64::MAX >> (63 - item))).up_to(Lg2(item + F::INDEX_LG2 - 1));
         if in_table.largest().is_none() {
@@ -99,7 +125,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
             let mut step = Lg2(item);
             let mut candidates = in_table.up_to(fit);
             while let Some(size) = candidates.largest() {
-                if self.join(table, level, at, size, merges) {
+                if self.join(table, level, at, size, flush, merges) {
                     step = size;
                     break;
                 }
@@ -113,7 +139,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
     }
 
     /// Makes one leaf of `size` at `at`, if the slots agree. `true` when it stands, also when it stood before.
-    fn join(&self, table: TableId, level: u8, at: Iova, size: Lg2, merges: &mut u32) -> bool {
+    fn join(&self, table: TableId, level: u8, at: Iova, size: Lg2, flush: Flush<'_>, merges: &mut u32) -> bool {
         let item = F::item_lg2(level);
         let first = F::slot(at, level);
         let entries = &self.arena.entries(table)[first..first + (1 << (size.0 - item))];
@@ -134,8 +160,12 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
         if !entries.iter().enumerate().all(agrees) {
             return false;
         }
+        if breaks::<F>() {
+            self.hide_slots(entries, level, Lg2(item), Span::block(at, size.0), flush);
+        }
         let value = F::leaf(level, size, start, perm);
-        for entry in entries {
+        for (index, entry) in entries.iter().enumerate() {
+            let value = value + index as u64 * F::slot_step(level);
             pause();
             let mut seen = entry.load(Ordering::Acquire);
             while let Err(now) = entry.compare_exchange(seen, value | seen & F::DIRTY, Ordering::AcqRel, Ordering::Acquire) {

@@ -3,6 +3,7 @@
 
 use crate::atomic::AtomicU64;
 use crate::atomic::Ordering;
+use crate::hide::look;
 use crate::table::group;
 use crate::{Entry, Format, Gather, Leaf, Table};
 use addr::{Address, Iova, Span};
@@ -21,7 +22,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
             }
             let (table, leaf) = loop {
                 let seen = self.arena.entry_at(table, F::slot(iova, level))?.load(Ordering::Acquire);
-                match F::decode(seen, level) {
+                match look::<F>(seen, level) {
                     Entry::Table(below) if level > 0 => (table, level) = (below, level - 1),
                     Entry::Leaf { size, oa, perm, dirty } => break (table, Leaf { iova: iova.align_down(size.0), oa, size, perm, dirty }),
                     _ => return None,
@@ -34,7 +35,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
             for (index, entry) in entries[first..first + slots].iter().enumerate() {
                 let mut seen = entry.load(Ordering::Acquire);
                 // The dirty bit may be set under us; any other change is somebody else's slot now.
-                while matches!(F::decode(seen, level), Entry::Leaf { size, oa, .. } if size == leaf.size && oa == leaf.oa) {
+                while matches!(look::<F>(seen, level), Entry::Leaf { size, oa, .. } if size == leaf.size && oa == leaf.oa) {
                     match entry.compare_exchange(seen, 0, Ordering::AcqRel, Ordering::Acquire) {
                         Ok(_) => {
                             gone |= first + index == own;

@@ -2,6 +2,8 @@
 
 use crate::arena::{Arena, NoTable, Stock, TableId};
 use crate::atomic::{AtomicU64, Ordering};
+use crate::format::check;
+use crate::hide::look;
 use crate::{Entry, Format, Perm};
 use addr::{Address, Iova, Lg2, Oa, Span};
 use alloc::sync::Arc;
@@ -19,6 +21,7 @@ pub struct Table<F: Format, W: Deref<Target = [AtomicU64]>> {
     /// Leaves cut and merged, for reports; the algorithm does not read them.
     pub(crate) cuts: AtomicU64,
     pub(crate) merges: AtomicU64,
+    pub(crate) breaks: AtomicU64,
     format: PhantomData<F>,
 }
 
@@ -66,11 +69,22 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
     /// # Errors
     /// When the arena has no table left.
     pub fn new(arena: Arc<Arena<W>>) -> Result<Self, NoTable> {
+        Self::with_start(arena, F::START_LEVEL)
+    }
+
+    /// An empty tree whose top table is of another level, no higher than the format's highest: one of [`Format::CONFIGS`].
+    ///
+    /// # Errors
+    /// When the arena has no table left.
+    pub fn with_start(arena: Arc<Arena<W>>, level: u8) -> Result<Self, NoTable> {
+        const { check::<F>() }
+        assert!(level <= F::MAX_LEVEL, "{} has no level {level}", F::NAME);
         assert!(arena.table_bytes() == 8 << F::INDEX_LG2, "arena tables of {} bytes do not fit {}", arena.table_bytes(), F::NAME);
         let top = Stock::new(&arena).take()?;
         wipe(arena.entries(top));
-        let word = arena.oa_of(top).get() | u64::from(F::START_LEVEL);
-        Ok(Self { arena, top: AtomicU64::new(word), cuts: AtomicU64::new(0), merges: AtomicU64::new(0), format: PhantomData })
+        let word = arena.oa_of(top).get() | u64::from(level);
+        let [cuts, merges, breaks] = [0; 3].map(AtomicU64::new);
+        Ok(Self { arena, top: AtomicU64::new(word), cuts, merges, breaks, format: PhantomData })
     }
 
     /// Where the tables live.
@@ -90,13 +104,25 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
     /// Takes no lock and never waits. The caller is inside a read guard, so that no table it meets is reused under it (I-1).
     #[inline]
     pub fn walk(&self, iova: Iova) -> Option<Leaf> {
+        self.find(iova, F::decode)
+    }
+
+    /// The leaf that stands at `iova`, also while somebody else's cut hides it from devices
+    /// ([`Hitless::BreakFirst`](crate::Hitless::BreakFirst)): for those who edit.
+    #[inline]
+    pub fn leaf_at(&self, iova: Iova) -> Option<Leaf> {
+        self.find(iova, look::<F>)
+    }
+
+    #[inline(always)]
+    fn find(&self, iova: Iova, read: impl Fn(u64, u8) -> Entry) -> Option<Leaf> {
         let (mut table, mut level) = self.root();
         if iova.get() > Self::reach(level) {
             return None;
         }
         loop {
             let entry = self.arena.entry_at(table, F::slot(iova, level))?.load(Ordering::Acquire);
-            match F::decode(entry, level) {
+            match read(entry, level) {
                 Entry::Table(below) if level > 0 => (table, level) = (below, level - 1),
                 Entry::Leaf { size, oa, perm, dirty } => {
                     return Some(Leaf { iova: Iova::new(iova.get() >> size.0 << size.0), oa, size, perm, dirty });
@@ -106,7 +132,8 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
         }
     }
 
-    /// Calls `visit` for every leaf that meets `span`, in order. The caller holds the span.
+    /// Calls `visit` for every leaf that meets `span`, in order, as [`leaf_at`](Self::leaf_at) would find it, but that the dirty bit is that
+    /// of any slot. The caller holds the span.
     pub fn leaves(&self, span: Span<Iova>, mut visit: impl FnMut(Leaf)) {
         let (top, level) = self.root();
         if let (Some(top), Some(part)) = (self.arena.table_at(top), span.intersect(Self::whole(level))) {
@@ -122,7 +149,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
                 continue;
             }
             let entries = self.arena.entries(table);
-            match F::decode(entries[slot].load(Ordering::Acquire), level) {
+            match look::<F>(entries[slot].load(Ordering::Acquire), level) {
                 Entry::Absent => {}
                 Entry::Table(below) => {
                     if let Some(below) = self.arena.table_at(below).filter(|_| level > 0) {
@@ -139,11 +166,9 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
         }
     }
 
-    /// Last IOVA that a top table at `level` reaches.
     #[inline(always)]
     pub(crate) fn reach(level: u8) -> u64 {
-        let lg2 = (F::item_lg2(level) + F::INDEX_LG2).min(F::INPUT_LG2);
-        if lg2 >= 64 { u64::MAX } else { (1 << lg2) - 1 }
+        F::reach(level).get()
     }
 
     pub(crate) fn whole(level: u8) -> Span<Iova> {
@@ -152,7 +177,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
 
     /// Everything that the format can translate.
     pub fn aperture() -> Span<Iova> {
-        Self::whole(F::MAX_LEVEL)
+        F::aperture()
     }
 
     /// How many levels lack on top of a tree that is to reach `last` and to have a table at level `least`.
@@ -190,6 +215,12 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
     /// Leaves merged since the table was made.
     pub fn merges(&self) -> u64 {
         self.merges.load(Ordering::Relaxed)
+    }
+
+    /// How often a leaf, or a run of leaves that become one, was hidden from devices and invalidated before it was changed. Stays 0 where
+    /// [`Format::HITLESS`] allows changes in place.
+    pub fn breaks(&self) -> u64 {
+        self.breaks.load(Ordering::Relaxed)
     }
 
     /// Bytes in this tree's tables. The caller holds the whole table.
@@ -235,6 +266,15 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Drop for Table<F, W> {
 pub(crate) fn group<F: Format>(slot: usize, level: u8, size: Lg2) -> (usize, usize) {
     let slots = 1usize << (size.0 - F::item_lg2(level));
     (slot & !(slots - 1), slots)
+}
+
+/// Writes one leaf into all of its slots, the first of which gets `value`.
+#[inline(always)]
+pub(crate) fn write_slots<F: Format>(entries: &[AtomicU64], level: u8, value: u64, order: Ordering) {
+    for (index, entry) in entries.iter().enumerate() {
+        pause();
+        entry.store(value + index as u64 * F::slot_step(level), order);
+    }
 }
 
 /// Makes a private table empty.

@@ -2,6 +2,7 @@
 
 use crate::arena::TableId;
 use crate::atomic::{AtomicU64, Ordering};
+use crate::hide::look;
 use crate::table::{group, wipe};
 use crate::{Entry, Format, Gather, Leaf, Table};
 use addr::{Address, Iova, Span};
@@ -34,7 +35,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
         loop {
             let item = F::item_lg2(level);
             let entry = self.arena.entry_at(table, F::slot(span.start(), level))?;
-            match F::decode(entry.load(Ordering::Acquire), level) {
+            match look::<F>(entry.load(Ordering::Acquire), level) {
                 Entry::Table(below) if level > 0 => (table, level) = (below, level - 1),
                 Entry::Leaf { size, .. } if size.0 == item && start ^ last == size.bytes() - 1 && start >> item << item == start => {
                     return Some(entry);
@@ -77,7 +78,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
         while slot <= high {
             let entry = entries[slot].load(Ordering::Acquire);
             let iova = Iova::new(start.get() + (((slot - low) as u64) << F::item_lg2(level)));
-            match F::decode(entry, level) {
+            match look::<F>(entry, level) {
                 Entry::Absent => slot += 1,
                 Entry::Table(below) => {
                     let child = Span::block(iova, F::item_lg2(level));
@@ -112,7 +113,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
 
     /// Whether the leaf in `slot`, which answers for `iova`, stays inside `span`. Between two such slots nothing can stick out.
     fn ends_within(&self, entries: &[AtomicU64], slot: usize, iova: Iova, span: Span<Iova>) -> bool {
-        match F::decode(entries[slot].load(Ordering::Acquire), 0) {
+        match look::<F>(entries[slot].load(Ordering::Acquire), 0) {
             Entry::Leaf { size, .. } => span.covers(Span::block(iova, size.0)),
             _ => true,
         }

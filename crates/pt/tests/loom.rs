@@ -3,75 +3,19 @@
 //! Run with `RUSTFLAGS="--cfg loom" cargo test -p lockstep-pt --test loom --release`; without the flag this file is empty.
 #![cfg(loom)]
 
-use addr::{Iova, Lg2, Oa, SizeSet, Span};
-use lockstep_pt::{Arena, AtomicU64, Gather, Perm, Stock, Table, Toy};
-use loom::sync::Arc as LoomArc;
+#[path = "loom_rig/mod.rs"]
+mod rig;
+
+use addr::{Iova, Lg2, SizeSet, Span};
+use lockstep_pt::{Gather, Stock, Toy};
 use loom::thread;
-use std::sync::Arc;
-use sync::Readers;
+use rig::{DOMAIN, FRAMES, GRANULE, ITEM1, OTHER_FRAMES, explore, span};
 
-type Words = Box<[AtomicU64]>;
+type Rig = rig::Rig<Toy>;
 
-const GRANULE: u64 = 1 << 11;
-const ITEM1: u64 = 4 * GRANULE;
-const FRAMES: u64 = 1 << 40;
-const OTHER_FRAMES: u64 = 2 << 40;
-const DOMAIN: u32 = 1;
-
-struct Rig {
-    table: Table<Toy, Words>,
-    arena: Arc<Arena<Words>>,
-    readers: Arc<Readers>,
-}
-
-impl Rig {
-    fn new() -> LoomArc<Self> {
-        let words = (0..6 * 5).map(|_| AtomicU64::new(0)).collect::<Words>();
-        let arena = Arena::new(words, Oa::new(1 << 20), 2);
-        LoomArc::new(Self { table: Table::new(Arc::clone(&arena)).unwrap(), arena, readers: Arc::new(Readers::new()) })
-    }
-
-    fn stock(&self, tables: u32) -> Stock<Words> {
-        let mut stock = Stock::new(&self.arena);
-        stock.reserve(tables).unwrap();
-        stock
-    }
-
-    fn map(&self, start: u64, len: u64, oa: u64, stock: &mut Stock<Words>) {
-        let mut gather = Gather::new();
-        self.table.map(span(start, len), Oa::new(oa), Perm::RW, SizeSet::ALL, stock, &mut gather).unwrap();
-        self.finish(gather);
-    }
-
-    fn unmap(&self, start: u64, len: u64) {
-        let mut gather = Gather::new();
-        assert!(self.table.unmap(span(start, len), &mut gather).is_none());
-        self.finish(gather);
-    }
-
-    fn finish(&self, gather: Gather) {
-        gather.finish(&self.arena, |_| self.readers.grace(DOMAIN));
-    }
-
-    fn oa(&self, iova: u64) -> Option<u64> {
-        self.table.walk(Iova::new(iova)).map(|leaf| leaf.oa_of(Iova::new(iova)).get())
-    }
-
-    /// What one guarded walk answers.
-    fn guarded(&self, slot: &mut sync::Slot, iova: u64) -> Option<u64> {
-        let _guard = slot.guard(DOMAIN);
-        self.oa(iova)
-    }
-}
-
-fn span(start: u64, len: u64) -> Span<Iova> {
-    Span::from_len(Iova::new(start), len).unwrap()
-}
-
-fn explore(test: impl Fn() + Sync + Send + 'static) {
-    let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = Some(4);
-    builder.check(test);
+/// What the toy format never asks for.
+fn no_flush(span: Span<Iova>) {
+    panic!("a flush of {span} in the middle of an edit");
 }
 
 #[test]
@@ -123,7 +67,7 @@ fn walk_and_cut() {
         rig.map(0, ITEM1, FRAMES, &mut stock);
         let writer = {
             let rig = rig.clone();
-            thread::spawn(move || rig.table.cut(span(GRANULE, GRANULE), SizeSet::ALL, &mut stock).unwrap())
+            thread::spawn(move || rig.table.cut(span(GRANULE, GRANULE), SizeSet::ALL, &mut stock, no_flush).unwrap())
         };
         for granule in [0, 1, 3] {
             assert_eq!(rig.oa(granule * GRANULE), Some(FRAMES + granule * GRANULE));
@@ -140,7 +84,7 @@ fn walk_and_cut_of_a_pair() {
         rig.map(0, 2 * GRANULE, FRAMES, &mut stock);
         let writer = {
             let rig = rig.clone();
-            thread::spawn(move || rig.table.cut(span(GRANULE, GRANULE), SizeSet::ALL, &mut stock).unwrap())
+            thread::spawn(move || rig.table.cut(span(GRANULE, GRANULE), SizeSet::ALL, &mut stock, no_flush).unwrap())
         };
         for granule in [0, 1, 0] {
             assert_eq!(rig.oa(granule * GRANULE), Some(FRAMES + granule * GRANULE));
@@ -155,14 +99,14 @@ fn walk_and_merge() {
         let rig = Rig::new();
         let mut stock = rig.stock(4);
         rig.map(0, ITEM1, FRAMES, &mut stock);
-        rig.table.cut(span(GRANULE, GRANULE), SizeSet::ALL, &mut stock).unwrap();
+        rig.table.cut(span(GRANULE, GRANULE), SizeSet::ALL, &mut stock, no_flush).unwrap();
         drop(stock);
         let mut slot = rig.readers.slot();
         let writer = {
             let rig = rig.clone();
             thread::spawn(move || {
                 let mut gather = Gather::new();
-                let merges = rig.table.merge(span(0, ITEM1), SizeSet::ALL, &mut gather);
+                let merges = rig.table.merge(span(0, ITEM1), SizeSet::ALL, &mut gather, no_flush);
                 rig.finish(gather);
                 // What was retired may be somebody else's now.
                 let mut stock = Stock::new(&rig.arena);
@@ -220,9 +164,9 @@ fn cut_and_cut() {
         rig.map(0, ITEM1, FRAMES, &mut first);
         let writer = {
             let rig = rig.clone();
-            thread::spawn(move || rig.table.cut(span(0, GRANULE), SizeSet::ALL, &mut first).unwrap())
+            thread::spawn(move || rig.table.cut(span(0, GRANULE), SizeSet::ALL, &mut first, no_flush).unwrap())
         };
-        rig.table.cut(span(3 * GRANULE, GRANULE), SizeSet::ALL, &mut second).unwrap();
+        rig.table.cut(span(3 * GRANULE, GRANULE), SizeSet::ALL, &mut second, no_flush).unwrap();
         writer.join().unwrap();
         let mut sizes = Vec::new();
         rig.table.leaves(Span::whole(), |leaf| sizes.push(leaf.size));
@@ -241,7 +185,7 @@ fn a_dirty_bit_survives_a_cut() {
         rig.map(0, ITEM1, FRAMES, &mut stock);
         let writer = {
             let rig = rig.clone();
-            thread::spawn(move || rig.table.cut(span(GRANULE, GRANULE), SizeSet::ALL, &mut stock).unwrap())
+            thread::spawn(move || rig.table.cut(span(GRANULE, GRANULE), SizeSet::ALL, &mut stock, no_flush).unwrap())
         };
         assert!(rig.table.mark_dirty(Iova::new(GRANULE)));
         writer.join().unwrap();
@@ -255,13 +199,13 @@ fn a_dirty_bit_survives_a_merge() {
         let rig = Rig::new();
         let mut stock = rig.stock(4);
         rig.map(0, ITEM1, FRAMES, &mut stock);
-        rig.table.cut(span(0, GRANULE), SizeSet::ALL, &mut stock).unwrap();
+        rig.table.cut(span(0, GRANULE), SizeSet::ALL, &mut stock, no_flush).unwrap();
         let mut slot = rig.readers.slot();
         let writer = {
             let rig = rig.clone();
             thread::spawn(move || {
                 let mut gather = Gather::new();
-                rig.table.merge(span(0, ITEM1), SizeSet::ALL, &mut gather);
+                rig.table.merge(span(0, ITEM1), SizeSet::ALL, &mut gather, no_flush);
                 rig.finish(gather);
             })
         };

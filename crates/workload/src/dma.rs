@@ -2,12 +2,12 @@
 //!
 //! `iotlb` rows look into the cache alone; `translate` rows are whole descriptors: guard, log, cache, secure check.
 
-use crate::{Error, Row, Unit, Work, choices, timed};
+use crate::{Error, Row, Unit, Work, choices, in_format, timed};
 use addr::{Gpa, Iova, Lg2};
 use backing::{Backing, Frames};
 use iommu::{Access, Iotlb, IotlbStats};
 use lockstep::{Config, Dma, GuestDma, RecordedStage2, Trust};
-use pt::Perm;
+use pt::{FormatKind, Perm};
 use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,24 +23,24 @@ const TARGET_BYTES: u64 = 1 << 20;
 
 macro_rules! row {
     ($name:literal, $format:literal, $make:expr) => {
-        Row { name: $name, format: $format, unit: Unit::Call, make: || $make }
+        Row { name: $name, format: $format, unit: Unit::Call, kind: FormatKind::AmdV1, make: $make }
     };
 }
 
 /// Its rows.
 pub fn rows() -> Vec<Row> {
     vec![
-        row!("iotlb_hit_64", "-", Ok(Box::new(Cache::new(FEW)))),
-        row!("iotlb_hit_10000", "-", Ok(Box::new(Cache::new(MANY)))),
-        row!("translate_hit_64", "amdv1", Translate::work(FEW, 1 << 14)),
-        row!("translate_hit_10000", "amdv1", Translate::work(MANY, 1 << 15)),
-        row!("translate_miss", "amdv1", Translate::work(MANY, 16)),
-        row!("dma_write_64", "amdv1", dma_write(64)),
-        row!("memcpy_64", "-", memcpy(64)),
-        row!("dma_write_4k", "amdv1", dma_write(K4)),
-        row!("memcpy_4k", "-", memcpy(K4)),
-        row!("dma_write_64k", "amdv1", dma_write(64 << 10)),
-        row!("memcpy_64k", "-", memcpy(64 << 10)),
+        row!("iotlb_hit_64", "-", |_| Ok(Box::new(Cache::new(FEW)))),
+        row!("iotlb_hit_10000", "-", |_| Ok(Box::new(Cache::new(MANY)))),
+        row!("translate_hit_64", "amdv1", |format| Translate::work(format, FEW, 1 << 14)),
+        row!("translate_hit_10000", "amdv1", |format| Translate::work(format, MANY, 1 << 15)),
+        row!("translate_miss", "amdv1", |format| Translate::work(format, MANY, 16)),
+        row!("dma_write_64", "amdv1", |format| dma_write(format, 64)),
+        row!("memcpy_64", "-", |_| memcpy(64)),
+        row!("dma_write_4k", "amdv1", |format| dma_write(format, K4)),
+        row!("memcpy_4k", "-", |_| memcpy(K4)),
+        row!("dma_write_64k", "amdv1", |format| dma_write(format, 64 << 10)),
+        row!("memcpy_64k", "-", |_| memcpy(64 << 10)),
     ]
 }
 
@@ -83,8 +83,8 @@ fn hit_rate(before: IotlbStats, now: IotlbStats) -> String {
 }
 
 /// A guest with one device that it does not trust, and `memory` mapped for it from 0 on.
-fn machine(memory: &Arc<Backing>, iotlb_entries: usize) -> Result<(GuestDma, Dma), Error> {
-    let iommu = iommu::Config { table_bytes: 64 << 20, iotlb_entries, ..iommu::Config::default() };
+fn machine(format: FormatKind, memory: &Arc<Backing>, iotlb_entries: usize) -> Result<(GuestDma, Dma), Error> {
+    let iommu = iommu::Config { table_bytes: 64 << 20, iotlb_entries, domain: in_format(format), ..iommu::Config::default() };
     let guest = GuestDma::new(&Config { iommu, ..Config::default() }, Arc::new(RecordedStage2::new()))?;
     guest.add_memory(Gpa::new(0), memory.len_bytes(), memory, 0)?;
     let device = guest.add_device("bench", Trust::Untrusted)?;
@@ -102,10 +102,10 @@ struct Translate {
 }
 
 impl Translate {
-    fn work(pages: u64, iotlb_entries: usize) -> Result<Box<dyn Work>, Error> {
+    fn work(format: FormatKind, pages: u64, iotlb_entries: usize) -> Result<Box<dyn Work>, Error> {
         // In no order, so that every page has a leaf of its own.
         let memory = Backing::memfd(64 << 20, Frames::Scattered { seed: 1 })?;
-        let (guest, mut dma) = machine(&memory, iotlb_entries)?;
+        let (guest, mut dma) = machine(format, &memory, iotlb_entries)?;
         for page in 0..pages {
             dma.translate(Iova::new(page * K4), Access::Read)?;
         }
@@ -150,9 +150,9 @@ impl Buffer {
     }
 }
 
-fn dma_write(len: u64) -> Result<Box<dyn Work>, Error> {
+fn dma_write(format: FormatKind, len: u64) -> Result<Box<dyn Work>, Error> {
     let memory = Backing::memfd(2 << 20, Frames::Contiguous)?;
-    let (guest, mut dma) = machine(&memory, 1 << 14)?;
+    let (guest, mut dma) = machine(format, &memory, 1 << 14)?;
     let source = Buffer::new();
     dma.write(Iova::new(0), source.bytes())?;
     Ok(Box::new(move |times| {

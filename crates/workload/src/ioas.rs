@@ -1,11 +1,11 @@
 //! IO address spaces: what mapping a file and attaching a domain cost, by extent where pages lie in a row, by page where they do not.
 
-use crate::{Error, Row, Unit, Work, batches};
+use crate::{Error, Row, Unit, Work, batches, in_format};
 use addr::{Iova, Span};
 use backing::{Backing, Frames};
 use ioas::{Ioas, MapAll, Place};
 use iommu::{Config, Domain, Iommu, SystemRmp};
-use pt::Perm;
+use pt::{FormatKind, Perm};
 use std::hint::black_box;
 use std::sync::Arc;
 
@@ -13,14 +13,14 @@ const K4: u64 = 4 << 10;
 const G1: u64 = 1 << 30;
 const PAGES: u64 = G1 / K4;
 /// Where rows map; aligned to all they map.
-const AT: Iova = Iova::new(1 << 40);
+const AT: Iova = Iova::new(1 << 36);
 const SCATTERED: Frames = Frames::Scattered { seed: 1 };
 /// Calls of 4 KiB between two looks at the clock.
 const BATCH: u64 = 128;
 
 macro_rules! row {
     ($name:literal, $unit:expr, $make:expr) => {
-        Row { name: $name, format: "amdv1", unit: $unit, make: || $make }
+        Row { name: $name, format: "amdv1", unit: $unit, kind: FormatKind::AmdV1, make: $make }
     };
 }
 
@@ -29,15 +29,15 @@ pub fn rows() -> Vec<Row> {
     let one = Unit::Call;
     let pages = Unit::Page(PAGES);
     vec![
-        row!("map_1g_memfd_contiguous", one, map(Backing::memfd(G1, Frames::Contiguous)?)),
-        row!("unmap_1g_memfd_contiguous", one, unmap(Backing::memfd(G1, Frames::Contiguous)?)),
-        row!("map_1g_memfd_scattered", pages, map(Backing::memfd(G1, SCATTERED)?)),
-        row!("unmap_1g_memfd_scattered", pages, unmap(Backing::memfd(G1, SCATTERED)?)),
-        row!("attach_1g", one, attach(Backing::memfd(G1, Frames::Contiguous)?)),
-        row!("attach_64g", one, attach(Backing::simulated(64 * G1, Frames::Contiguous)?)),
-        row!("attach_1g_scattered", pages, attach(Backing::memfd(G1, SCATTERED)?)),
-        row!("map_4k_ioas", one, map_4k()),
-        row!("unmap_4k_ioas", one, unmap_4k()),
+        row!("map_1g_memfd_contiguous", one, |format| map(format, Backing::memfd(G1, Frames::Contiguous)?)),
+        row!("unmap_1g_memfd_contiguous", one, |format| unmap(format, Backing::memfd(G1, Frames::Contiguous)?)),
+        row!("map_1g_memfd_scattered", pages, |format| map(format, Backing::memfd(G1, SCATTERED)?)),
+        row!("unmap_1g_memfd_scattered", pages, |format| unmap(format, Backing::memfd(G1, SCATTERED)?)),
+        row!("attach_1g", one, |format| attach(format, Backing::memfd(G1, Frames::Contiguous)?)),
+        row!("attach_64g", one, |format| attach(format, Backing::simulated(64 * G1, Frames::Contiguous)?)),
+        row!("attach_1g_scattered", pages, |format| attach(format, Backing::memfd(G1, SCATTERED)?)),
+        row!("map_4k_ioas", one, |format| map_4k(format)),
+        row!("unmap_4k_ioas", one, |format| unmap_4k(format)),
     ]
 }
 
@@ -50,8 +50,9 @@ struct Space {
 
 impl Space {
     /// An address space that one domain shows; a second one is at hand.
-    fn new(memory: Arc<Backing>) -> Result<Self, Error> {
-        let iommu = Iommu::new(&Config::default(), SystemRmp::new().into())?;
+    fn new(format: FormatKind, memory: Arc<Backing>) -> Result<Self, Error> {
+        let config = Config { domain: in_format(format), ..Config::default() };
+        let iommu = Iommu::new(&config, SystemRmp::new().into())?;
         let ioas = Ioas::new(&iommu, Arc::new(MapAll));
         ioas.attach(&iommu.domain()?)?;
         Ok(Self { second: iommu.domain()?, iommu, ioas, memory })
@@ -86,19 +87,19 @@ impl Space {
     }
 }
 
-fn map(memory: Arc<Backing>) -> Result<Box<dyn Work>, Error> {
-    let mut space = Space::new(memory)?;
+fn map(format: FormatKind, memory: Arc<Backing>) -> Result<Box<dyn Work>, Error> {
+    let mut space = Space::new(format, memory)?;
     Ok(Box::new(move |times| batches(&mut space, times, 1, |_, _| {}, Space::map_all, Space::unmap_all)))
 }
 
-fn unmap(memory: Arc<Backing>) -> Result<Box<dyn Work>, Error> {
-    let mut space = Space::new(memory)?;
+fn unmap(format: FormatKind, memory: Arc<Backing>) -> Result<Box<dyn Work>, Error> {
+    let mut space = Space::new(format, memory)?;
     Ok(Box::new(move |times| batches(&mut space, times, 1, Space::map_all, Space::unmap_all, |_, _| {})))
 }
 
 /// A second domain for what a first one shows already.
-fn attach(memory: Arc<Backing>) -> Result<Box<dyn Work>, Error> {
-    let mut space = Space::new(memory)?;
+fn attach(format: FormatKind, memory: Arc<Backing>) -> Result<Box<dyn Work>, Error> {
+    let mut space = Space::new(format, memory)?;
     space.map_all(1);
     Ok(Box::new(move |times| {
         let fresh = |space: &mut Space, _| space.second = space.iommu.domain().expect("a table for a domain");
@@ -108,12 +109,12 @@ fn attach(memory: Arc<Backing>) -> Result<Box<dyn Work>, Error> {
     }))
 }
 
-fn map_4k() -> Result<Box<dyn Work>, Error> {
-    let mut space = Space::new(Backing::memfd(BATCH * K4, SCATTERED)?)?;
+fn map_4k(format: FormatKind) -> Result<Box<dyn Work>, Error> {
+    let mut space = Space::new(format, Backing::memfd(BATCH * K4, SCATTERED)?)?;
     Ok(Box::new(move |times| batches(&mut space, times, BATCH, |_, _| {}, Space::map_pages, Space::unmap_pages)))
 }
 
-fn unmap_4k() -> Result<Box<dyn Work>, Error> {
-    let mut space = Space::new(Backing::memfd(BATCH * K4, SCATTERED)?)?;
+fn unmap_4k(format: FormatKind) -> Result<Box<dyn Work>, Error> {
+    let mut space = Space::new(format, Backing::memfd(BATCH * K4, SCATTERED)?)?;
     Ok(Box::new(move |times| batches(&mut space, times, BATCH, Space::map_pages, Space::unmap_pages, |_, _| {})))
 }

@@ -7,13 +7,16 @@
 
 pub mod convert;
 pub mod dma;
+mod front;
 pub mod ioas;
+pub mod iommufd;
 mod measure;
 pub mod pt;
 mod tree;
 
 pub use measure::{Figure, measure};
 
+use ::pt::FormatKind;
 use std::time::{Duration, Instant};
 
 /// Why a row could not be set up: the host lacks memory, or address space.
@@ -30,17 +33,24 @@ pub enum Group {
     Ioas,
     /// Page state changes.
     Convert,
+    /// Calls of /dev/iommu.
+    Iommufd,
 }
 
 impl Group {
-    /// Its rows, in the order in which they are shown.
-    pub fn rows(self) -> Vec<Row> {
-        match self {
+    /// Its rows over page tables of `format`, in the order in which they are shown. Calls of /dev/iommu are measured over AMDv1 alone.
+    pub fn rows(self, format: FormatKind) -> Vec<Row> {
+        let mut rows = match self {
             Self::Pt => pt::rows(),
             Self::Dma => dma::rows(),
             Self::Ioas => ioas::rows(),
             Self::Convert => convert::rows(),
+            Self::Iommufd => iommufd::rows(),
+        };
+        for row in rows.iter_mut().filter(|row| self != Self::Iommufd && row.format != "-") {
+            (row.format, row.kind) = (format.name(), format);
         }
+        rows
     }
 
     /// Its name on the command line.
@@ -50,6 +60,7 @@ impl Group {
             Self::Dma => "dma",
             Self::Ioas => "ioas",
             Self::Convert => "convert",
+            Self::Iommufd => "iommufd",
         }
     }
 }
@@ -90,7 +101,8 @@ pub struct Row {
     pub format: &'static str,
     /// What the figure is for.
     pub unit: Unit,
-    make: fn() -> Result<Box<dyn Work>, Error>,
+    kind: FormatKind,
+    make: fn(FormatKind) -> Result<Box<dyn Work>, Error>,
 }
 
 impl Row {
@@ -99,7 +111,7 @@ impl Row {
     /// # Errors
     /// The host's, when it has too little memory or address space.
     pub fn make(&self) -> Result<Box<dyn Work>, Error> {
-        (self.make)()
+        (self.make)(self.kind)
     }
 }
 
@@ -141,6 +153,11 @@ pub(crate) fn batches<S>(
         left -= now;
     }
     took
+}
+
+/// A domain in a format, with all that it offers.
+pub(crate) fn in_format(format: FormatKind) -> iommu::DomainConfig {
+    iommu::DomainConfig { format, ..iommu::DomainConfig::default() }
 }
 
 /// Times `work`, which needs nothing undone.

@@ -51,10 +51,11 @@ fn settle(work: &mut dyn Work) -> u64 {
 mod tests {
     use super::*;
     use crate::{Group, Unit};
+    use ::pt::FormatKind;
 
     #[test]
     fn a_known_cost_is_found() {
-        let row = Row { name: "known", format: "-", unit: Unit::Page(10), make: || Err("not made".into()) };
+        let row = Row { name: "known", format: "-", unit: Unit::Page(10), kind: FormatKind::AmdV1, make: |_| Err("not made".into()) };
         let mut work = |times: u64| Duration::from_nanos(500 * times);
         let figure = measure(&row, &mut work);
         assert_eq!((figure.best_ns, figure.median_ns), (50.0, 50.0));
@@ -64,7 +65,7 @@ mod tests {
     #[test]
     fn names_are_unique() {
         let groups = [Group::Pt, Group::Dma, Group::Ioas, Group::Convert];
-        let mut names: Vec<_> = groups.into_iter().flat_map(Group::rows).map(|row| row.name).collect();
+        let mut names: Vec<_> = groups.into_iter().flat_map(|group| group.rows(FormatKind::AmdV1)).map(|row| row.name).collect();
         let all = names.len();
         names.sort_unstable();
         names.dedup();

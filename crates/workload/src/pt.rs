@@ -2,10 +2,10 @@
 //! a live table. The rows named `flush` add both, to show what a reader costs a writer.
 
 use crate::tree::{OA, Tree, span};
-use crate::{Error, Row, Unit, Work, batches, choices, timed};
+use crate::{Error, Row, Unit, Work, batches, choices, in_format, timed};
 use addr::{Iova, Lg2, Oa, SizeSet};
 use iommu::{Config, Domain, Iommu, SystemRmp};
-use pt::{Gather, Perm, Stock};
+use pt::{FormatKind, Gather, Perm, Stock};
 use std::hint::black_box;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,12 +20,12 @@ const PAGES: u64 = G1 / K4;
 /// Tables for 1 GiB in 4 KiB leaves, and some to spare.
 const TABLES: usize = 1100;
 const SMALL: SizeSet = SizeSet::only(Lg2::K4);
-/// Where rows map; 512 GiB aligned.
+/// Where rows map; 64 GiB aligned, and within the 38 bits of the narrowest format.
 const AT: u64 = 1 << 36;
 
 macro_rules! row {
     ($name:literal, $unit:expr, $make:expr) => {
-        Row { name: $name, format: "amdv1", unit: $unit, make: || $make }
+        Row { name: $name, format: "amdv1", unit: $unit, kind: FormatKind::AmdV1, make: $make }
     };
 }
 
@@ -34,27 +34,27 @@ pub fn rows() -> Vec<Row> {
     let one = Unit::Call;
     let pages = Unit::Page(PAGES);
     vec![
-        row!("map_4k", one, Calls { len: K4, sizes: SMALL, batch: 256 }.map()),
-        row!("unmap_4k", one, Calls { len: K4, sizes: SMALL, batch: 256 }.unmap()),
-        row!("map_256x4k", one, Calls { len: M1, sizes: SMALL, batch: 16 }.map()),
-        row!("unmap_256x4k", one, Calls { len: M1, sizes: SMALL, batch: 16 }.unmap()),
-        row!("map_256x4k_sized", one, Calls { len: M1, sizes: SizeSet::ALL, batch: 16 }.map()),
-        row!("unmap_256x4k_sized", one, Calls { len: M1, sizes: SizeSet::ALL, batch: 16 }.unmap()),
-        row!("map_2m", one, Calls { len: M2, sizes: SizeSet::ALL, batch: 256 }.map()),
-        row!("unmap_2m", one, Calls { len: M2, sizes: SizeSet::ALL, batch: 256 }.unmap()),
-        row!("map_1g", one, Calls { len: G1, sizes: SizeSet::ALL, batch: 256 }.map()),
-        row!("unmap_1g", one, Calls { len: G1, sizes: SizeSet::ALL, batch: 256 }.unmap()),
-        row!("map_1g_as_4k", pages, map_1g_as_4k(Tables::Allocated)),
-        row!("map_1g_as_4k_present", pages, map_1g_as_4k(Tables::Present)),
-        row!("map_1g_as_4k_fresh", pages, map_1g_as_4k_fresh()),
-        row!("unmap_1g_as_4k", pages, unmap_1g_as_4k()),
-        row!("walk_hot_4k", one, walk(SMALL, &(0..512).map(|page| page * K4 + page).collect::<Vec<_>>())),
-        row!("walk_random_4k", one, walk(SMALL, &random_pages())),
-        row!("walk_1g_leaf", one, walk(SizeSet::ALL, &random_pages())),
-        row!("cut_4k_in_1g", one, cut_4k_in_1g()),
-        row!("merge_1g", one, merge_1g()),
-        row!("unmap_4k_flush_idle", one, Flushing::work(false)),
-        row!("unmap_4k_flush_busy_reader", one, Flushing::work(true)),
+        row!("map_4k", one, |format| Calls { len: K4, sizes: SMALL, batch: 256 }.map(format)),
+        row!("unmap_4k", one, |format| Calls { len: K4, sizes: SMALL, batch: 256 }.unmap(format)),
+        row!("map_256x4k", one, |format| Calls { len: M1, sizes: SMALL, batch: 16 }.map(format)),
+        row!("unmap_256x4k", one, |format| Calls { len: M1, sizes: SMALL, batch: 16 }.unmap(format)),
+        row!("map_256x4k_sized", one, |format| Calls { len: M1, sizes: SizeSet::ALL, batch: 16 }.map(format)),
+        row!("unmap_256x4k_sized", one, |format| Calls { len: M1, sizes: SizeSet::ALL, batch: 16 }.unmap(format)),
+        row!("map_2m", one, |format| Calls { len: M2, sizes: SizeSet::ALL, batch: 256 }.map(format)),
+        row!("unmap_2m", one, |format| Calls { len: M2, sizes: SizeSet::ALL, batch: 256 }.unmap(format)),
+        row!("map_1g", one, |format| Calls { len: G1, sizes: SizeSet::ALL, batch: 128 }.map(format)),
+        row!("unmap_1g", one, |format| Calls { len: G1, sizes: SizeSet::ALL, batch: 128 }.unmap(format)),
+        row!("map_1g_as_4k", pages, |format| map_1g_as_4k(format, Tables::Allocated)),
+        row!("map_1g_as_4k_present", pages, |format| map_1g_as_4k(format, Tables::Present)),
+        row!("map_1g_as_4k_fresh", pages, |format| map_1g_as_4k_fresh(format)),
+        row!("unmap_1g_as_4k", pages, |format| unmap_1g_as_4k(format,)),
+        row!("walk_hot_4k", one, |format| walk(format, SMALL, &(0..512).map(|page| page * K4 + page).collect::<Vec<_>>())),
+        row!("walk_random_4k", one, |format| walk(format, SMALL, &random_pages())),
+        row!("walk_1g_leaf", one, |format| walk(format, SizeSet::ALL, &random_pages())),
+        row!("cut_4k_in_1g", one, |format| cut_4k_in_1g(format)),
+        row!("merge_1g", one, |format| merge_1g(format)),
+        row!("unmap_4k_flush_idle", one, |format| Flushing::work(format, false)),
+        row!("unmap_4k_flush_busy_reader", one, |format| Flushing::work(format, true)),
     ]
 }
 
@@ -67,15 +67,15 @@ struct Calls {
 }
 
 impl Calls {
-    fn map(self) -> Result<Box<dyn Work>, Error> {
-        let mut tree = Tree::new(TABLES, true)?;
+    fn map(self, format: FormatKind) -> Result<Box<dyn Work>, Error> {
+        let mut tree = Tree::new(format, TABLES, true)?;
         Ok(Box::new(move |times| {
             batches(&mut tree, times, self.batch, |_, _| {}, |tree, now| self.map_all(tree, now), |tree, now| self.unmap_all(tree, now))
         }))
     }
 
-    fn unmap(self) -> Result<Box<dyn Work>, Error> {
-        let mut tree = Tree::new(TABLES, true)?;
+    fn unmap(self, format: FormatKind) -> Result<Box<dyn Work>, Error> {
+        let mut tree = Tree::new(format, TABLES, true)?;
         Ok(Box::new(move |times| {
             batches(&mut tree, times, self.batch, |tree, now| self.map_all(tree, now), |tree, now| self.unmap_all(tree, now), |_, _| {})
         }))
@@ -103,8 +103,8 @@ enum Tables {
     Present,
 }
 
-fn map_1g_as_4k(tables: Tables) -> Result<Box<dyn Work>, Error> {
-    let mut tree = Tree::new(TABLES, true)?;
+fn map_1g_as_4k(format: FormatKind, tables: Tables) -> Result<Box<dyn Work>, Error> {
+    let mut tree = Tree::new(format, TABLES, true)?;
     Ok(Box::new(move |times| {
         let undo = |tree: &mut Tree, _| match tables {
             Tables::Allocated => tree.unmap(AT, G1),
@@ -115,18 +115,18 @@ fn map_1g_as_4k(tables: Tables) -> Result<Box<dyn Work>, Error> {
     }))
 }
 
-fn map_1g_as_4k_fresh() -> Result<Box<dyn Work>, Error> {
+fn map_1g_as_4k_fresh(format: FormatKind) -> Result<Box<dyn Work>, Error> {
     let mut tree = None;
     Ok(Box::new(move |times| {
         // Without memory there is no tree, and the map that expects one says so.
-        let make = |tree: &mut Option<Tree>, _| *tree = Tree::new(TABLES, false).ok();
+        let make = |tree: &mut Option<Tree>, _| *tree = Tree::new(format, TABLES, false).ok();
         let map = |tree: &mut Option<Tree>, _| tree.as_mut().expect("address space for a tree").map(black_box(AT), G1, OA, SMALL);
         batches(&mut tree, times, 1, make, map, |tree, _| *tree = None)
     }))
 }
 
-fn unmap_1g_as_4k() -> Result<Box<dyn Work>, Error> {
-    let mut tree = Tree::new(TABLES, true)?;
+fn unmap_1g_as_4k(format: FormatKind) -> Result<Box<dyn Work>, Error> {
+    let mut tree = Tree::new(format, TABLES, true)?;
     Ok(Box::new(move |times| {
         let map = |tree: &mut Tree, _| tree.map(AT, G1, OA, SMALL);
         batches(&mut tree, times, 1, map, |tree, _| tree.unmap(black_box(AT), G1), |_, _| {})
@@ -138,8 +138,8 @@ fn random_pages() -> Vec<u64> {
 }
 
 /// Walks of `offsets` in turn, in 1 GiB that is mapped with `sizes`, pages in no order where they are small.
-fn walk(sizes: SizeSet, offsets: &[u64]) -> Result<Box<dyn Work>, Error> {
-    let mut tree = Tree::new(TABLES, true)?;
+fn walk(format: FormatKind, sizes: SizeSet, offsets: &[u64]) -> Result<Box<dyn Work>, Error> {
+    let mut tree = Tree::new(format, TABLES, true)?;
     if sizes == SMALL {
         (0..PAGES).for_each(|page| tree.map(AT + page * K4, K4, OA + (page * 7919) % PAGES * K4, SMALL));
     } else {
@@ -159,16 +159,16 @@ fn walk(sizes: SizeSet, offsets: &[u64]) -> Result<Box<dyn Work>, Error> {
 
 const CUT_AT: u64 = AT + 0x1234_5000;
 
-fn cut_4k_in_1g() -> Result<Box<dyn Work>, Error> {
-    let mut tree = Tree::new(TABLES, true)?;
+fn cut_4k_in_1g(format: FormatKind) -> Result<Box<dyn Work>, Error> {
+    let mut tree = Tree::new(format, TABLES, true)?;
     tree.map(AT, G1, OA, SizeSet::ALL);
     Ok(Box::new(move |times| {
         batches(&mut tree, times, 1, |tree, _| tree.stock(4), |tree, _| tree.cut(black_box(CUT_AT)), |tree, _| tree.merge(AT, G1))
     }))
 }
 
-fn merge_1g() -> Result<Box<dyn Work>, Error> {
-    let mut tree = Tree::new(TABLES, true)?;
+fn merge_1g(format: FormatKind) -> Result<Box<dyn Work>, Error> {
+    let mut tree = Tree::new(format, TABLES, true)?;
     tree.map(AT, G1, OA, SizeSet::ALL);
     Ok(Box::new(move |times| batches(&mut tree, times, 1, |tree, _| tree.cut(CUT_AT), |tree, _| tree.merge(black_box(AT), G1), |_, _| {})))
 }
@@ -194,8 +194,8 @@ impl Drop for Reader {
 }
 
 impl Flushing {
-    fn work(busy: bool) -> Result<Box<dyn Work>, Error> {
-        let iommu = Iommu::new(&Config { table_bytes: 16 << 20, ..Config::default() }, SystemRmp::new().into())?;
+    fn work(format: FormatKind, busy: bool) -> Result<Box<dyn Work>, Error> {
+        let iommu = Iommu::new(&Config { table_bytes: 16 << 20, domain: in_format(format), ..Config::default() }, SystemRmp::new().into())?;
         let domain = iommu.domain()?;
         let device = iommu.device("reader");
         device.attach(&domain)?;

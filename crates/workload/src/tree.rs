@@ -5,7 +5,7 @@ use crate::Error;
 use addr::{Iova, Oa, SizeSet, Span};
 use backing::Words;
 use iommu::{IoArena, IoTable};
-use pt::{Gather, Perm, Stock};
+use pt::{FormatKind, Gather, Perm, Stock};
 use std::sync::Arc;
 
 /// Output addresses begin here: aligned to every leaf size in use.
@@ -22,13 +22,13 @@ pub(crate) struct Tree {
 
 impl Tree {
     /// Room for `tables` tables, all of them touched if `warm`.
-    pub(crate) fn new(tables: usize, warm: bool) -> Result<Self, Error> {
+    pub(crate) fn new(format: FormatKind, tables: usize, warm: bool) -> Result<Self, Error> {
         let words = Words::new(tables * WORDS_PER_TABLE)?;
         if warm {
             words.prefault()?;
         }
         let arena = IoArena::new(words, TABLES_AT, 9);
-        Ok(Self { table: IoTable::new(Arc::clone(&arena))?, stock: Stock::new(&arena), arena })
+        Ok(Self { table: IoTable::new(format, Arc::clone(&arena))?, stock: Stock::new(&arena), arena })
     }
 
     /// Maps `len` bytes, and ends the edit without invalidation and grace.
@@ -62,7 +62,7 @@ impl Tree {
     /// Cuts the leaf around `at` so that 4 KiB stand alone.
     #[inline(never)]
     pub(crate) fn cut(&mut self, at: u64) {
-        let done = self.table.cut(span(at, 4096), SizeSet::ALL, &mut self.stock);
+        let done = self.table.cut(span(at, 4096), SizeSet::ALL, &mut self.stock, |_| {});
         assert!(done.is_ok(), "cut at {at:#x}: {done:?}");
     }
 
@@ -70,7 +70,7 @@ impl Tree {
     #[inline(never)]
     pub(crate) fn merge(&mut self, at: u64, len: u64) {
         let mut gather = Gather::new();
-        self.table.merge(span(at, len), SizeSet::ALL, &mut gather);
+        self.table.merge(span(at, len), SizeSet::ALL, &mut gather, |_| {});
         gather.finish(&self.arena, |_| {});
     }
 

@@ -1,6 +1,7 @@
 //! Runs the rows of a group under criterion: the same work as `lockstep bench`, with criterion's statistics and comparisons.
 
 use criterion::{Criterion, Throughput};
+use pt::FormatKind;
 use std::time::Duration;
 use workload::Group;
 
@@ -13,7 +14,7 @@ pub(crate) fn main(group: Group) {
         .measurement_time(Duration::from_secs(1))
         .configure_from_args();
     let mut benches = criterion.benchmark_group(group.name());
-    for row in group.rows() {
+    for row in group.rows(FormatKind::AmdV1) {
         // Made when the row is selected, and only then.
         let mut work = None;
         benches.throughput(Throughput::Elements(row.unit.per_operation()));

@@ -81,7 +81,9 @@ impl Machine {
         // Every page has memory from the start, so a hole is a loss and nothing else.
         backing.populate(backing.pages(), PageState::Shared)?;
         let stage2: Arc<dyn Stage2> = kvm.as_ref().map_or_else(|| Arc::new(RecordedStage2::new()) as _, KvmGuest::stage2);
-        let dma = Arc::new(GuestDma::new(&Config { policy: options.policy, asid: ASID, ..Config::default() }, stage2)?);
+        let domain = iommu::DomainConfig { format: options.format, ..iommu::DomainConfig::default() };
+        let iommu = iommu::Config { domain, ..iommu::Config::default() };
+        let dma = Arc::new(GuestDma::new(&Config { policy: options.policy, asid: ASID, iommu, ..Config::default() }, stage2)?);
         dma.add_memory(Gpa::new(0), options.memory, &backing, 0)?;
         let run = Trust::Trusted { asid: ASID, vmpl: secure::Vmpl::V0, tdisp: Tdisp::Run, sdte_valid: true, vtom: None };
         let trusted = dma.add_device("trusted", run)?;
@@ -121,6 +123,7 @@ impl Machine {
             backing::Kind::HugeMemfd => "hugetlb memfd",
             backing::Kind::Memfd => "memfd",
             backing::Kind::User => "user memory",
+            backing::Kind::Foreign => "memory of another process",
             backing::Kind::Simulated => "nothing",
         }
     }

@@ -9,11 +9,13 @@ use pt::{Leaf, Perm};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+pub(crate) mod client;
+
 pub(crate) const MIB: u64 = 1 << 20;
 pub(crate) const GIB: u64 = 1 << 30;
 
 pub(crate) fn iommu_with(table_bytes: u64) -> Arc<Iommu> {
-    let config = Config { table_bytes, iotlb_entries: 64, fault_records: 16 };
+    let config = Config { table_bytes, iotlb_entries: 64, fault_records: 16, ..Config::default() };
     Iommu::new(&config, Arc::new(secure::Rmp::new())).unwrap()
 }
 

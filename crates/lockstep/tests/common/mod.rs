@@ -68,7 +68,7 @@ impl Guest {
         for domain in self.dma.ioas().domains() {
             let (root, level) = domain.table().root();
             writeln!(out, "domain {} root {root} level {level}", domain.id()).unwrap();
-            let tree = convert::read_tree(&|at| domain.table().arena().peek(at), root, level + 1, Span::whole());
+            let tree = convert::read_tree(domain.format(), &|at| domain.table().arena().peek(at), root, level + 1, Span::whole());
             writeln!(out, "{} tables, {:?}", tree.tables, tree.oddities).unwrap();
             for leaf in tree.leaves {
                 writeln!(out, "{leaf:?}").unwrap();

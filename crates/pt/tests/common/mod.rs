@@ -1,11 +1,11 @@
-//! A tree with its arena and its writer's stock, and the plain model that it is held against.
+//! A tree with its arena and its writer's stock; what it is held against is in `model`.
 #![allow(dead_code, reason = "each test file uses its own part of this module")]
 #![allow(unreachable_pub, reason = "a module shared by test binaries")]
 
-use addr::{Address, Iova, Lg2, Oa, SizeSet, Span};
-use lockstep_pt::{Arena, AtomicU64, Format, Gather, Leaf, MapError, Perm, Stock, Table};
-use proptest::prelude::*;
-use std::collections::BTreeMap;
+pub mod model;
+
+use addr::{Address, Iova, Oa, SizeSet, Span};
+use lockstep_pt::{Arena, AtomicU64, Config, Format, Gather, Leaf, MapError, Perm, Stock, Table};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -25,16 +25,23 @@ pub struct Tree<F: Format> {
     pub table: Rc<Table<F, Words>>,
     pub arena: Arc<Arena<Words>>,
     pub stock: Stock<Words>,
+    /// No leaf is of another size.
+    pub sizes: SizeSet,
 }
 
 impl<F: Format> Tree<F> {
     pub fn new(arena: &Arc<Arena<Words>>) -> Self {
-        Self { table: Rc::new(Table::new(Arc::clone(arena)).unwrap()), arena: Arc::clone(arena), stock: Stock::new(arena) }
+        Self::with(arena, Config { name: "plain", start_level: F::START_LEVEL, sizes: SizeSet::ALL })
+    }
+
+    pub fn with(arena: &Arc<Arena<Words>>, config: Config) -> Self {
+        let table = Rc::new(Table::with_start(Arc::clone(arena), config.start_level).unwrap());
+        Self { table, arena: Arc::clone(arena), stock: Stock::new(arena), sizes: config.sizes.and(F::SIZES) }
     }
 
     pub fn map(&mut self, span: Span<Iova>, oa: Oa, perm: Perm, sizes: SizeSet) -> Result<(), MapError> {
         let mut gather = Gather::new();
-        let result = self.table.map(span, oa, perm, sizes, &mut self.stock, &mut gather);
+        let result = self.table.map(span, oa, perm, sizes.and(self.sizes), &mut self.stock, &mut gather);
         gather.finish(&self.arena, |_| {});
         result
     }
@@ -47,7 +54,7 @@ impl<F: Format> Tree<F> {
     }
 
     pub fn cut(&mut self, span: Span<Iova>, sizes: SizeSet) {
-        self.table.cut(span, sizes, &mut self.stock).unwrap();
+        self.table.cut(span, sizes.and(self.sizes), &mut self.stock, flushed::<F>).unwrap();
         for border in [Some(span.start()), span.last().checked_add(1)].into_iter().flatten() {
             let leaf = self.table.walk(border);
             assert!(leaf.is_none_or(|leaf| leaf.iova == border || leaf.size.0 == F::GRANULE_LG2), "{leaf:?} crosses {border}");
@@ -56,7 +63,7 @@ impl<F: Format> Tree<F> {
 
     pub fn merge(&self, span: Span<Iova>) {
         let mut gather = Gather::new();
-        self.table.merge(span, SizeSet::ALL, &mut gather);
+        self.table.merge(span, self.sizes, &mut gather, flushed::<F>);
         gather.finish(&self.arena, |_| {});
     }
 
@@ -68,67 +75,7 @@ impl<F: Format> Tree<F> {
     }
 }
 
-/// What is mapped, granule by granule.
-#[derive(Default)]
-pub struct Model {
-    pages: BTreeMap<u64, (u64, Perm, bool)>,
-}
-
-impl Model {
-    fn granules<F: Format>(span: Span<Iova>) -> std::ops::RangeInclusive<u64> {
-        span.start().get() >> F::GRANULE_LG2..=span.last().get() >> F::GRANULE_LG2
-    }
-
-    pub fn map<F: Format>(&mut self, span: Span<Iova>, oa: Oa, perm: Perm) -> bool {
-        let granules = Self::granules::<F>(span);
-        if self.pages.range(granules.clone()).next().is_some() {
-            return false;
-        }
-        let first = *granules.start();
-        self.pages.extend(granules.map(|granule| (granule, (oa.get() + ((granule - first) << F::GRANULE_LG2), perm, false))));
-        true
-    }
-
-    pub fn unmap<F: Format>(&mut self, span: Span<Iova>) {
-        let granules = Self::granules::<F>(span);
-        self.pages.retain(|granule, _| !granules.contains(granule));
-    }
-
-    pub fn write<F: Format>(&mut self, at: Iova) -> bool {
-        self.pages.get_mut(&(at.get() >> F::GRANULE_LG2)).map(|page| page.2 = true).is_some()
-    }
-
-    /// The first written granule of `span` that no dirty span names.
-    pub fn missing_from<F: Format>(&self, dirty: &[Span<Iova>], span: Span<Iova>) -> Option<u64> {
-        let written = self.pages.range(Self::granules::<F>(span)).filter(|(_, page)| page.2).map(|(granule, _)| granule << F::GRANULE_LG2);
-        written.into_iter().find(|at| !dirty.iter().any(|span| span.contains(Iova::new(*at))))
-    }
-
-    pub fn clean<F: Format>(&mut self, dirty: &[Span<Iova>]) {
-        for span in dirty {
-            self.pages.range_mut(Self::granules::<F>(*span)).for_each(|(_, page)| page.2 = false);
-        }
-    }
-
-    /// Every granule translates as the model says, and the leaves cover the mapped granules exactly.
-    pub fn check<F: Format>(&self, tree: &Tree<F>, base: u64, granules: u64) -> Result<(), TestCaseError> {
-        for granule in 0..granules {
-            let iova = Iova::new(base + (granule << F::GRANULE_LG2));
-            let want = self.pages.get(&(iova.get() >> F::GRANULE_LG2));
-            let leaf = tree.table.walk(iova);
-            prop_assert_eq!(leaf.map(|leaf| (leaf.oa_of(iova).get(), leaf.perm)), want.map(|page| (page.0, page.1)), "at {}", iova);
-        }
-        let mut covered = 0u64;
-        let mut before: Option<Leaf> = None;
-        tree.table.leaves(Span::whole(), |leaf| {
-            covered += 1u64 << (leaf.size.0 - F::GRANULE_LG2);
-            assert!(before.is_none_or(|before| before.span().last() < leaf.iova), "{before:?} and {leaf:?} overlap");
-            assert!(Lg2(F::GRANULE_LG2) <= leaf.size);
-            before = Some(leaf);
-        });
-        prop_assert_eq!(covered, self.pages.len() as u64);
-        let dirty = tree.read_dirty(Span::whole(), false);
-        prop_assert_eq!(self.missing_from::<F>(&dirty, Span::whole()), None, "a dirty bit was lost");
-        Ok(())
-    }
+/// The flush of a test that has no readers. No format that changes in place asks for it.
+pub fn flushed<F: Format>(span: Span<Iova>) {
+    assert!(!F::HITLESS.is_allowed(), "{}: a flush of {span} in the middle of an edit", F::NAME);
 }

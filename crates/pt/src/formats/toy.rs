@@ -1,12 +1,19 @@
 //! A format that no hardware has: four entries to a table, two levels, a 2 KiB granule, one multi-slot size. It keeps state spaces small
 //! enough for loom, and since its sizes never coincide with the host's pages, it catches code that mixes the two up.
 
-use crate::{Entry, Format, Hitless, Perm};
+use super::AlignDown;
+use crate::{Config, Entry, Format, Hitless, Perm, PermSet};
 use addr::{Lg2, Oa, SizeSet};
 
-/// The toy format; see the module's head.
+/// The toy format; see the module's head. `BREAKS` makes it one of those that need break-before-make.
 #[derive(Clone, Copy, Debug)]
-pub struct Toy;
+pub struct ToyOf<const BREAKS: bool>;
+
+/// The toy format that can change under a walking device.
+pub type Toy = ToyOf<false>;
+
+/// The one that cannot.
+pub type ToyBreaking = ToyOf<true>;
 
 const PRESENT: u64 = 1;
 const TABLE: u64 = 1 << 1;
@@ -17,8 +24,8 @@ const DIRTY: u64 = 1 << 4;
 const PAIR: u64 = 1 << 52;
 const ADDRESS: u64 = (1 << 52) - (1 << 5);
 
-impl Format for Toy {
-    const NAME: &'static str = "toy";
+impl<const BREAKS: bool> Format for ToyOf<BREAKS> {
+    const NAME: &'static str = if BREAKS { "toy-breaking" } else { "toy" };
     const GRANULE_LG2: u8 = 11;
     const INDEX_LG2: u8 = 2;
     const START_LEVEL: u8 = 0;
@@ -26,8 +33,15 @@ impl Format for Toy {
     const INPUT_LG2: u8 = 15;
     const OUTPUT_LG2: u8 = 52;
     const SIZES: SizeSet = SizeSet(0b1111 << 11);
+    const PERMS: PermSet = PermSet::ALL;
     const DIRTY: u64 = DIRTY;
-    const HITLESS: Hitless = Hitless::Yes("no hardware walks it");
+    const HITLESS: Hitless =
+        if BREAKS { Hitless::BreakFirst("no hardware walks it, but some might") } else { Hitless::Yes("no hardware walks it") };
+    const CONFIGS: &'static [Config] = &[
+        Config { name: "growing", start_level: 0, sizes: SizeSet::ALL },
+        Config { name: "two levels", start_level: 1, sizes: SizeSet::ALL },
+        Config { name: "two levels, without pairs", start_level: 1, sizes: SizeSet(1 << 11 | 1 << 13) },
+    ];
 
     #[inline]
     fn decode(entry: u64, level: u8) -> Entry {
@@ -37,9 +51,10 @@ impl Format for Toy {
         if entry & TABLE != 0 {
             return if level == 0 { Entry::Absent } else { Entry::Table(Oa::new(entry & ADDRESS)) };
         }
+        let size = Lg2(Self::item_lg2(level) + u8::from(entry & PAIR != 0));
         Entry::Leaf {
-            size: Lg2(Self::item_lg2(level) + u8::from(entry & PAIR != 0)),
-            oa: Oa::new(entry & ADDRESS),
+            size,
+            oa: Oa::new(entry & ADDRESS).align_down_to(size.0),
             perm: Perm::of(entry & READ != 0, entry & WRITE != 0),
             dirty: entry & DIRTY != 0,
         }

@@ -1,0 +1,78 @@
+//! A small tree with its readers, for loom.
+#![allow(dead_code, reason = "each test file uses its own part of this module")]
+#![allow(unreachable_pub, reason = "a module shared by test binaries")]
+
+use addr::{Iova, Oa, SizeSet, Span};
+use lockstep_pt::{Arena, AtomicU64, Format, Gather, Perm, Stock, Table};
+use loom::sync::Arc as LoomArc;
+use std::sync::Arc;
+use sync::Readers;
+
+pub type Words = Box<[AtomicU64]>;
+
+pub const GRANULE: u64 = 1 << 11;
+pub const ITEM1: u64 = 4 * GRANULE;
+pub const FRAMES: u64 = 1 << 40;
+pub const OTHER_FRAMES: u64 = 2 << 40;
+pub const DOMAIN: u32 = 1;
+
+pub struct Rig<F: Format> {
+    pub table: Table<F, Words>,
+    pub arena: Arc<Arena<Words>>,
+    pub readers: Arc<Readers>,
+}
+
+impl<F: Format> Rig<F> {
+    pub fn new() -> LoomArc<Self> {
+        let words = (0..6 * 5).map(|_| AtomicU64::new(0)).collect::<Words>();
+        let arena = Arena::new(words, Oa::new(1 << 20), 2);
+        LoomArc::new(Self { table: Table::new(Arc::clone(&arena)).unwrap(), arena, readers: Arc::new(Readers::new()) })
+    }
+
+    pub fn stock(&self, tables: u32) -> Stock<Words> {
+        let mut stock = Stock::new(&self.arena);
+        stock.reserve(tables).unwrap();
+        stock
+    }
+
+    pub fn map(&self, start: u64, len: u64, oa: u64, stock: &mut Stock<Words>) {
+        let mut gather = Gather::new();
+        self.table.map(span(start, len), Oa::new(oa), Perm::RW, SizeSet::ALL, stock, &mut gather).unwrap();
+        self.finish(gather);
+    }
+
+    pub fn unmap(&self, start: u64, len: u64) {
+        let mut gather = Gather::new();
+        assert!(self.table.unmap(span(start, len), &mut gather).is_none());
+        self.finish(gather);
+    }
+
+    /// Cuts with a grace period where the format asks for it.
+    pub fn cut(&self, start: u64, len: u64, stock: &mut Stock<Words>) -> u32 {
+        self.table.cut(span(start, len), SizeSet::ALL, stock, |_| self.readers.grace(DOMAIN)).unwrap()
+    }
+
+    pub fn finish(&self, gather: Gather) {
+        gather.finish(&self.arena, |_| self.readers.grace(DOMAIN));
+    }
+
+    pub fn oa(&self, iova: u64) -> Option<u64> {
+        self.table.walk(Iova::new(iova)).map(|leaf| leaf.oa_of(Iova::new(iova)).get())
+    }
+
+    /// What one guarded walk answers.
+    pub fn guarded(&self, slot: &mut sync::Slot, iova: u64) -> Option<u64> {
+        let _guard = slot.guard(DOMAIN);
+        self.oa(iova)
+    }
+}
+
+pub fn span(start: u64, len: u64) -> Span<Iova> {
+    Span::from_len(Iova::new(start), len).unwrap()
+}
+
+pub fn explore(test: impl Fn() + Sync + Send + 'static) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = Some(4);
+    builder.check(test);
+}

@@ -1,0 +1,48 @@
+//! Chores that need the project's own code or a user's kernel tree, kept out of the command that people install.
+
+mod conformance;
+mod coverage;
+
+use clap::{Parser, Subcommand};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// Chores of the project.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", max_term_width = 110)]
+struct Args {
+    #[command(subcommand)]
+    chore: Chore,
+}
+
+#[derive(Debug, Subcommand)]
+enum Chore {
+    /// Write docs/coverage.md: every ioctl, its flags and its tests
+    Coverage {
+        /// Write nothing; fail when the file is not what would be written
+        #[arg(long)]
+        check: bool,
+    },
+    /// Run the kernel's own test program of /dev/iommu under `lockstep iommufd`
+    Conformance(conformance::Options),
+}
+
+fn main() -> ExitCode {
+    let done = match Args::parse().chore {
+        Chore::Coverage { check } => coverage::main(check),
+        Chore::Conformance(options) => conformance::main(&options),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(words) => {
+            eprintln!("xtask: {words}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The workspace.
+fn root() -> PathBuf {
+    let crates = Path::new(env!("CARGO_MANIFEST_DIR"));
+    crates.ancestors().nth(2).unwrap_or(crates).to_path_buf()
+}
