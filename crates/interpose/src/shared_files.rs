@@ -143,5 +143,6 @@ fn open_backing(file: OwnedFd, inode: Inode) -> Option<Arc<Backing>> {
     let len = (stat.st_size as u64).checked_next_multiple_of(granule.max(PAGE_BYTES))?;
     let mode = rustix::fs::fcntl_getfl(&file).ok()?;
     let file = if mode.contains(rustix::fs::OFlags::RDWR) { file } else { reopen(file.as_fd(), libc::O_RDWR).ok()? };
-    Backing::open(file, 0, len, Frames::Contiguous).ok()
+    // Whose pages they are is on record here: until they are converted, a guest_memfd's are nobody's but the host's.
+    Backing::open(file, 0, len, Frames::Contiguous.starting(PageState::Shared)).ok()
 }

@@ -107,6 +107,7 @@ fn errno_of(error: &ioas::Error) -> Errno {
         Error::Deadlock { .. } => Errno::DEADLK,
         Error::Fault { .. } | Error::NoSuchHva { .. } | Error::Pin(PinError::Fault { .. }) => Errno::FAULT,
         Error::Pin(PinError::NoMemory { .. } | PinError::Limit { .. } | PinError::Injected(_)) => Errno::NOMEM,
+        Error::Leaf(pt::MapError::Perm { .. }) => Errno::OPNOTSUPP,
         Error::Leaf(_) | Error::Iommu(_) | Error::OutOfMemory(_) | Error::Injected(_) => Errno::NOMEM,
         _ => Errno::INVAL,
     }

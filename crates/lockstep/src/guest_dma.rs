@@ -350,6 +350,11 @@ impl GuestDma {
         self.space.counters()
     }
 
+    /// How often a leaf was hidden from devices while it was cut, in all domains: 0 in page-table formats that change in place.
+    pub fn breaks(&self) -> u64 {
+        self.ioas.domains().iter().map(|domain| domain.table().breaks()).sum()
+    }
+
     /// Leaves cut and merged in all domains.
     pub fn cuts_and_merges(&self) -> (u64, u64) {
         self.ioas.domains().iter().fold((0, 0), |sum, domain| (sum.0 + domain.table().cuts(), sum.1 + domain.table().merges()))

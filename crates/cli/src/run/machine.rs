@@ -60,6 +60,14 @@ impl Machine {
         if options.memory < LEAST_MEMORY {
             return Err(format!("{:#x} bytes of memory are too little: give at least 32M", options.memory).into());
         }
+        if !options.format.hitless().is_allowed() {
+            return Err(format!(
+                "format {} needs break-before-make: beside every conversion DMA fails for a moment, which a run takes for a fault; \
+                 choose another, for example armv8-s2-bbml2",
+                options.format
+            )
+            .into());
+        }
         let layout = Layout::new(options.memory)?;
         let layout = layout.with_work_pages((layout.work_pages() / 2).min(MOST_GUEST_PAGES));
         let plan = Plan::new(&layout)?;

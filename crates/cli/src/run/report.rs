@@ -16,6 +16,7 @@ pub(crate) struct Summary {
     backing: &'static str,
     memory: u64,
     policy: String,
+    format: &'static str,
     frames: String,
     seed: u64,
     seconds: f64,
@@ -79,6 +80,7 @@ impl Summary {
             backing: machine.backing_name(),
             memory: options.memory,
             policy: options.policy.to_string(),
+            format: options.format.name(),
             frames: format!("{:?}", machine.backing.frames()),
             seed: options.seed,
             seconds: took.as_secs_f64(),
@@ -146,7 +148,7 @@ impl Summary {
             }
             return;
         }
-        println!("ran {:.1} s, seed {}, policy {}", self.seconds, self.seed, self.policy);
+        println!("ran {:.1} s, seed {}, policy {}, page tables {}", self.seconds, self.seed, self.policy, self.format);
         println!(
             "  conversions     {} pages in {} batches ({} to private, {} to shared), {} entries smashed",
             self.conversions, self.batches, self.to_private, self.to_shared, self.smashes

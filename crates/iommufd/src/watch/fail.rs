@@ -48,7 +48,7 @@ pub enum RuleError {
 }
 
 /// What may be left out of a name. Longer ones first.
-const FAMILIES: [&str; 5] = ["VFIO_IOMMU_", "VFIO_DEVICE_", "VFIO_", "IOMMU_", "LOCKSTEP_"];
+const FAMILIES: [&str; 7] = ["VFIO_IOMMU_", "VFIO_DEVICE_", "VFIO_", "IOMMU_IOAS_", "IOMMU_", "LOCKSTEP_IOAS_", "LOCKSTEP_"];
 
 impl FailRule {
     /// Counts a call; the error, if it is the one.
@@ -125,7 +125,7 @@ mod tests {
 
     #[test]
     fn the_nth_call_of_the_name_fails_and_no_other() {
-        for text in ["IOMMU_IOAS_MAP:2=ENOMEM", "ioas_map:2=12", "Ioas_Map:2=enomem"] {
+        for text in ["IOMMU_IOAS_MAP:2=ENOMEM", "ioas_map:2=12", "Ioas_Map:2=enomem", "map:2=ENOMEM"] {
             let rule: FailRule = text.parse().unwrap();
             rule.check_name(names()).unwrap();
             assert_eq!(rule.hit("IOMMU_IOAS_MAP"), None);

@@ -9,6 +9,7 @@
 //! reading is legal. Execute (bit 2) is unused. Every leaf has SNP set, which asks for an IOMMU with snoop control (ECAP_REG.SC): there no
 //! device can be incoherent. Accessed (bit 8) is the hardware's alone; dirty (bit 9) is updated where the PASID entry has SSADE set.
 //!
+//! The walker is taken for a coherent one (ECAP_REG.C): nothing is flushed out of the CPU's caches for it.
 //! Implementations with erratum SPR17 / 772415 do not take writable leaves from beneath read-only ones; where that matters, map read-write.
 
 use super::AlignDown;
