@@ -181,8 +181,19 @@ fn exit_statuses() {
     check_released(&output);
 }
 
+/// Whether this process ignores a signal, as shells have their background jobs do: then so does everything that it starts.
+fn is_ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).unwrap();
+    u64::from_str_radix(mask.trim(), 16).unwrap() >> (signal - 1) & 1 != 0
+}
+
 fn signals() {
     for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+        if is_ignored(signal) {
+            eprintln!("signal {signal} is ignored in this process, and so cannot be tried");
+            continue;
+        }
         let output = launched(
             &[&own(), "client", "waits_for_signal"],
             // A process group of its own: whoever sends is not in it.
