@@ -377,11 +377,12 @@ impl<'a> Auditor<'a> {
             wrong
         };
         let mut found = look();
-        for _ in 1..LOOKS {
+        // A converting thread may lose its processor between the two; each look waits twice as long as the one before.
+        for look in 0..LOOKS + 3 {
             if found.is_empty() {
                 return;
             }
-            std::thread::sleep(std::time::Duration::from_millis(1));
+            std::thread::sleep(std::time::Duration::from_millis(1 << look));
             let again = look();
             found.retain(|wrong| again.contains(wrong));
         }
