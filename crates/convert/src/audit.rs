@@ -378,11 +378,11 @@ impl<'a> Auditor<'a> {
         };
         let mut found = look();
         // A converting thread may lose its processor between the two; each look waits twice as long as the one before.
-        for look in 0..LOOKS + 3 {
+        for turn in 0..LOOKS + 3 {
             if found.is_empty() {
                 return;
             }
-            std::thread::sleep(std::time::Duration::from_millis(1 << look));
+            std::thread::sleep(std::time::Duration::from_millis(1 << turn));
             let again = look();
             found.retain(|wrong| again.contains(wrong));
         }

@@ -200,6 +200,11 @@ mod check {
     }
 
     pub(super) fn histories_in_larger_units<F: Format>() {
+        // Where changes break first, a large leaf cannot take the place of an empty table, which the plain model does not know: growing the tree leaves
+        // such tables behind. The histories in units of the granule cover these formats.
+        if matches!(F::HITLESS, lockstep_pt::Hitless::BreakFirst(_)) {
+            return;
+        }
         for config in F::CONFIGS {
             let sizes = config.sizes.and(F::SIZES);
             for level in 1..=F::MAX_LEVEL {
