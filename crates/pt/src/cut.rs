@@ -8,7 +8,7 @@
 use crate::arena::{NoTable, Stock, TableId};
 use crate::atomic::{AtomicU64, Ordering};
 use crate::hide::{Flush, breaks, look};
-use crate::table::{group, write_slots};
+use crate::table::{group, write_leaves};
 use crate::{Entry, Format, Perm, Table};
 use addr::{Address, Iova, Lg2, Oa, SizeSet, Span};
 use core::ops::Deref;
@@ -157,11 +157,12 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
             let entries = self.arena.entries(table);
             let oa = source.oa.plus(at.offset_from(source.span.start()));
             let size = Self::piece(at, level, Lg2(item + F::INDEX_LG2 - 1), want);
-            let slots = 1usize << (size.0 - item);
+            let mut slots = 1usize << (size.0 - item);
             let piece = Span::block(at, size.0);
             // At the granule there is nothing smaller, so a border inside it stays inside.
             if want.keeps(piece, size) || level == 0 {
-                write_slots::<F>(&entries[slot..slot + slots], level, F::leaf(level, size, oa, source.perm) | dirty, Ordering::Relaxed);
+                slots *= Self::pieces_alike(at, size, ((1 << F::INDEX_LG2) - slot) / slots, level, want);
+                write_leaves::<F>(&entries[slot..slot + slots], level, size, F::leaf(level, size, oa, source.perm) | dirty);
             } else {
                 let part = Source { span: piece, oa, ..source };
                 let below = match self.build_below(part, level - 1, want, stock) {
@@ -175,9 +176,22 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
                 entries[slot].store(F::table(level, self.arena.oa_of(below)), Ordering::Relaxed);
             }
             slot += slots;
-            at = Iova::new(at.get().wrapping_add(size.bytes()));
+            at = Iova::new(at.get().wrapping_add((slots as u64) << item));
         }
         Ok(table)
+    }
+
+    /// How many pieces of `size` side by side, from `at` on, are right as they are: one at least, `most` at most.
+    fn pieces_alike(at: Iova, size: Lg2, most: usize, level: u8, want: Want) -> usize {
+        let in_table = want.sizes.up_to(Lg2(F::item_lg2(level) + F::INDEX_LG2 - 1));
+        if in_table.largest().is_some_and(|largest| largest > size) {
+            // Where a larger one begins to fit is left to `piece`.
+            return 1;
+        }
+        let to_border = |border: u64| (border > at.get()).then(|| (border - at.get()) >> size.0);
+        let borders = [Some(want.span.start().get()), want.span.last().get().checked_add(1)];
+        let nearest = borders.into_iter().flatten().filter_map(to_border).min();
+        nearest.map_or(most, |pieces| most.min(pieces as usize)).max(1)
     }
 
     /// The largest leaf at `level`, at most `limit`, that begins at `at` and keeps to `want`; the level's item when none does.

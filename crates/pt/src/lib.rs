@@ -33,6 +33,7 @@ mod merge;
 mod shed;
 mod table;
 mod unmap;
+mod wide;
 
 pub use any::AnyTable;
 pub use arena::{Arena, NoTable, Stock};

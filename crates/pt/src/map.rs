@@ -6,7 +6,8 @@
 use crate::arena::{NoTable, Stock, TableId};
 use crate::atomic::{AtomicU64, Ordering};
 use crate::hide::{breaks, look};
-use crate::table::{wipe, write_slots};
+use crate::table::{wipe, write_leaves};
+use crate::wide::is_empty;
 use crate::{Entry, Format, Gather, Perm, PermSet, Table};
 use addr::{Address, Iova, Lg2, Oa, SizeSet, Span};
 use core::ops::Deref;
@@ -90,17 +91,14 @@ impl Job {
         let size = self.sizes.up_to(fit(self.at.get(), self.left)).largest()?;
         let level = F::level_of(size);
         let item = F::item_lg2(level);
-        let mut leaves = 1;
-        if size.0 == item {
-            // Up to the end of the table, or to where a larger size begins to fit.
-            let in_table = (1 << F::INDEX_LG2) - F::slot(self.at, level) as u64;
-            leaves = (self.left >> item).min(in_table);
-            let larger = SizeSet(self.sizes.0 & !(u64::MAX >> (63 - size.0)));
-            if let Some(larger) = larger.smallest() {
-                let boundary = self.at.get().wrapping_neg() & (larger.bytes() - 1);
-                if boundary != 0 && boundary < self.left && self.left - boundary >= larger.bytes() {
-                    leaves = leaves.min(boundary >> item);
-                }
+        // Up to the end of the table, or to where a larger size begins to fit.
+        let in_table = ((1 << F::INDEX_LG2) - F::slot(self.at, level) as u64) >> (size.0 - item);
+        let mut leaves = (self.left >> size.0).min(in_table);
+        let larger = SizeSet(self.sizes.0 & !(u64::MAX >> (63 - size.0)));
+        if let Some(larger) = larger.smallest() {
+            let boundary = self.at.get().wrapping_neg() & (larger.bytes() - 1);
+            if boundary != 0 && boundary < self.left && self.left - boundary >= larger.bytes() {
+                leaves = leaves.min(boundary >> size.0);
             }
         }
         let run = Run { at: self.at, oa: self.oa, size, level, leaves: leaves as u32 };
@@ -242,7 +240,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
         let table = self.table_for(run)?;
         let (first, slots) = run.slots::<F>();
         let entries = &self.arena.entries(self.arena.table_at(table)?)[first..first + slots];
-        (entries.iter().fold(0, |all, entry| all | entry.load(Ordering::Relaxed)) == 0).then_some(entries)
+        is_empty(entries).then_some(entries)
     }
 
     /// The same for a run that is one slot.
@@ -327,7 +325,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
     fn check_free(&self, table: TableId, run: Run) -> Result<(), MapError> {
         let (first, slots) = run.slots::<F>();
         let entries = &self.arena.entries(table)[first..first + slots];
-        if entries.iter().fold(0, |all, entry| all | entry.load(Ordering::Relaxed)) == 0 {
+        if is_empty(entries) {
             return Ok(());
         }
         for (index, entry) in entries.iter().enumerate() {
@@ -426,13 +424,5 @@ fn corrupt<F: Format>() -> u64 {
 /// Writes a run's leaves. Release: a device that sees a leaf sees what was done to its page before.
 #[inline(always)]
 fn write_run<F: Format>(entries: &[AtomicU64], run: Run, perm: Perm, corrupt: u64) {
-    let mut value = F::leaf(run.level, run.size, run.oa, perm) ^ corrupt;
-    if entries.len() != run.leaves as usize {
-        return write_slots::<F>(entries, run.level, value, Ordering::Release);
-    }
-    for entry in entries {
-        pause();
-        entry.store(value, Ordering::Release);
-        value = value.wrapping_add(F::step(run.size));
-    }
+    write_leaves::<F>(entries, run.level, run.size, F::leaf(run.level, run.size, run.oa, perm) ^ corrupt);
 }

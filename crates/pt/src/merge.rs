@@ -27,11 +27,13 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
         let mut merges = 0;
         if let (Some(part), Some(top)) = (span.intersect(Self::whole(level)), self.arena.table_at(top)) {
             self.merge_table(top, level, part, span, sizes.and(F::SIZES), gather, &mut flush, &mut merges);
+            self.join_slots(top, level, part, sizes.and(F::SIZES), &mut flush, &mut merges);
             self.merges.fetch_add(u64::from(merges), Ordering::Relaxed);
         }
         merges
     }
 
+    /// Merges what is below a table. Its own slots are joined by the caller, who may rather put one leaf in the place of all of it.
     #[expect(clippy::too_many_arguments, reason = "the state of one recursion; a struct would only rename it")]
     fn merge_table(
         &self,
@@ -53,21 +55,19 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
                 let Some(below) = self.arena.table_at(below) else { continue };
                 self.merge_table(below, level - 1, piece, span, sizes, gather, flush, merges);
                 let item = Lg2(F::item_lg2(level));
-                if !span.covers(Span::block(piece.start(), item.0)) || !sizes.has(item) {
+                let whole = Span::block(piece.start(), item.0);
+                let one_thing = (span.covers(whole) && sizes.has(item)).then(|| self.says_one_thing(below, level - 1, item)).flatten();
+                let Some((oa, perm, dirty)) = one_thing.filter(|_| gather.reserve_merge()) else {
+                    self.join_slots(below, level - 1, piece, sizes, flush, merges);
                     continue;
-                }
-                let Some((oa, perm, dirty)) = self.says_one_thing(below, level - 1, item) else { continue };
-                if !gather.reserve_merge() {
-                    continue;
-                }
+                };
                 let leaf = F::leaf(level, item, oa, perm) | if dirty { F::DIRTY } else { 0 };
-                if self.put_leaf(entry, seen, leaf, below, Span::block(piece.start(), item.0), flush) {
+                if self.put_leaf(entry, seen, leaf, below, whole, flush) {
                     gather.retire_merged(&self.arena, Merged { table: below, parent: table, slot: slot as u32, dirty_bit: F::DIRTY });
                     *merges += 1;
                 }
             }
         }
-        self.join_slots(table, level, part, sizes, flush, merges);
     }
 
     /// Puts one leaf in the place of the pointer `seen` to the table `below`, which says the same.
@@ -100,8 +100,16 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
             return None;
         }
         let mut any_dirty = false;
+        // What most tables hold: one clean leaf a slot, each the one before it and a step.
+        let (mut usual, step) = (F::leaf(level, Lg2(item), start, perm), F::step(Lg2(item)));
         for (slot, entry) in entries.iter().enumerate() {
-            let Entry::Leaf { size, oa, perm: own, dirty } = F::decode(entry.load(Ordering::Acquire), level) else { return None };
+            let seen = entry.load(Ordering::Acquire);
+            let is_usual = seen == usual;
+            usual = usual.wrapping_add(step);
+            if is_usual {
+                continue;
+            }
+            let Entry::Leaf { size, oa, perm: own, dirty } = F::decode(seen, level) else { return None };
             let inside = (slot as u64) << item & (size.bytes() - 1);
             if own != perm || oa.get().wrapping_add(inside).wrapping_sub(start.get()) != (slot as u64) << item {
                 return None;

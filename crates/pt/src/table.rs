@@ -4,6 +4,7 @@ use crate::arena::{Arena, NoTable, Stock, TableId};
 use crate::atomic::{AtomicU64, Ordering};
 use crate::format::check;
 use crate::hide::look;
+use crate::wide::fill;
 use crate::{Entry, Format, Perm};
 use addr::{Address, Iova, Lg2, Oa, Span};
 use alloc::sync::Arc;
@@ -268,19 +269,22 @@ pub(crate) fn group<F: Format>(slot: usize, level: u8, size: Lg2) -> (usize, usi
     (slot & !(slots - 1), slots)
 }
 
-/// Writes one leaf into all of its slots, the first of which gets `value`.
+/// Writes leaves of `size` side by side into the slots that they fill, the first of which gets `value`, and whose output addresses go up.
 #[inline(always)]
-pub(crate) fn write_slots<F: Format>(entries: &[AtomicU64], level: u8, value: u64, order: Ordering) {
-    for (index, entry) in entries.iter().enumerate() {
-        pause();
-        entry.store(value + index as u64 * F::slot_step(level), order);
+pub(crate) fn write_leaves<F: Format>(entries: &[AtomicU64], level: u8, size: Lg2, value: u64) {
+    let slots_per_leaf = 1usize << (size.0 - F::item_lg2(level));
+    if slots_per_leaf == 1 {
+        return fill(entries, value, F::step(size));
+    }
+    let mut value = value;
+    for leaf in entries.chunks(slots_per_leaf) {
+        fill(leaf, value, F::slot_step(level));
+        value = value.wrapping_add(F::step(size));
     }
 }
 
-/// Makes a private table empty.
+/// Makes slots empty.
+#[inline(always)]
 pub(crate) fn wipe(entries: &[AtomicU64]) {
-    for entry in entries {
-        pause();
-        entry.store(0, Ordering::Relaxed);
-    }
+    fill(entries, 0, 0);
 }

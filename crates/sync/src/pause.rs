@@ -3,6 +3,15 @@
 //!
 //! In release builds, and without feature `std`, [`pause`] is nothing.
 
+/// Whether somebody watches this thread's stores one by one, so that they must not be made several at a time.
+#[inline(always)]
+pub fn is_watched() -> bool {
+    #[cfg(all(debug_assertions, feature = "std", not(loom)))]
+    return hooked::is_watched();
+    #[cfg(not(all(debug_assertions, feature = "std", not(loom))))]
+    return false;
+}
+
 /// Called before a store that readers may see.
 #[inline(always)]
 pub fn pause() {
@@ -21,6 +30,10 @@ mod hooked {
     thread_local! {
         static HOOKED: Cell<bool> = const { Cell::new(false) };
         static HOOK: RefCell<Option<Box<dyn FnMut()>>> = const { RefCell::new(None) };
+    }
+
+    pub(super) fn is_watched() -> bool {
+        HOOKED.get()
     }
 
     pub(super) fn pause() {

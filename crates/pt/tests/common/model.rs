@@ -2,7 +2,7 @@
 
 use super::{Tree, Words, arena, single_slot_sizes};
 use addr::{Iova, Lg2, Oa, SizeSet, Span};
-use lockstep_pt::{Arena, Config, Format, Leaf, MapError, Perm};
+use lockstep_pt::{Arena, Config, Entry, Format, Leaf, MapError, Perm};
 use proptest::prelude::*;
 use proptest::test_runner::{TestError, TestRunner};
 use std::collections::BTreeMap;
@@ -87,12 +87,29 @@ impl Model {
             assert!(before.is_none_or(|before| before.span().last() < leaf.iova), "{before:?} and {leaf:?} overlap");
             assert!(tree.sizes.has(leaf.size), "{leaf:?} is of a size that was not offered");
             assert_eq!(tree.table.leaf_at(leaf.span().last()).map(|leaf| leaf.span()), Some(leaf.span()));
+            assert_slots(tree, leaf);
             before = Some(leaf);
         });
         prop_assert_eq!(covered, (self.pages.len() as u64) << (self.unit_lg2 - F::GRANULE_LG2));
         let dirty = tree.read_dirty(Span::whole(), false);
         prop_assert_eq!(self.missing_from(&dirty, Span::whole()), None, "a dirty bit was lost");
         Ok(())
+    }
+}
+
+/// Every slot of a leaf holds what it must, bit for bit, but for its dirty bit: walks alone would not tell.
+fn assert_slots<F: Format>(tree: &Tree<F>, leaf: Leaf) {
+    let (mut table, top) = tree.table.root();
+    let level = F::level_of(leaf.size);
+    let entry = |table: Oa, slot: usize| tree.arena.peek(Oa::new(table.get() + 8 * slot as u64)).unwrap();
+    for above in (level + 1..=top).rev() {
+        let Entry::Table(below) = F::decode(entry(table, F::slot(leaf.iova, above)), above) else { panic!("{leaf:?} is not there") };
+        table = below;
+    }
+    let first = F::leaf(level, leaf.size, leaf.oa, leaf.perm);
+    for slot in 0..1 << (leaf.size.0 - F::item_lg2(level)) {
+        let (value, wanted) = (entry(table, F::slot(leaf.iova, level) + slot), first + slot as u64 * F::slot_step(level));
+        assert_eq!(value & !F::DIRTY, wanted, "{}: slot {slot} of {leaf:?} is {value:#x}", F::NAME);
     }
 }
 
