@@ -3,5 +3,5 @@
 mod common;
 
 fn main() {
-    common::main(workload::Group::Ioas);
+    common::main(workload::Group::Ioas, &[]);
 }

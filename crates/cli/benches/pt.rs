@@ -2,6 +2,8 @@
 
 mod common;
 
+use pt::FormatKind;
+
 fn main() {
-    common::main(workload::Group::Pt);
+    common::main(workload::Group::Pt, &[FormatKind::VtdSs4, FormatKind::X86Levels4]);
 }

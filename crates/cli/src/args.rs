@@ -106,6 +106,12 @@ pub(crate) struct BenchArgs {
     /// Only rows whose name contains this
     #[arg(long, value_name = "TEXT", default_value = "")]
     pub(crate) only: String,
+    /// Take the text of --only for a whole name
+    #[arg(long, requires = "only")]
+    pub(crate) exact: bool,
+    /// Do the work of each row exactly this often, once, and take no time: for tools that count instructions
+    #[arg(long, value_name = "N", conflicts_with = "json")]
+    pub(crate) times: Option<u64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

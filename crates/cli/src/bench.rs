@@ -13,7 +13,15 @@ struct Element {
     name: &'static str,
     format: &'static str,
     ns: f64,
+    best_ns: f64,
     unit: &'static str,
+    /// The kernel's median for the same work, and what the row is to reach.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kernel_ns: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    goal_ns: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    note: Option<String>,
 }
 
 /// The command. Exit status 2 when a row could not be set up or nothing was selected.
@@ -32,10 +40,18 @@ fn run(options: &BenchArgs) -> Result<(), workload::Error> {
         return Err(format!("calls of /dev/iommu are measured over amdv1 alone, not {}", options.format).into());
     }
     let all = Group::from(options.group).rows(options.format);
-    let rows: Vec<&Row> = all.iter().filter(|row| row.name.contains(&options.only)).collect();
+    let is_chosen = |row: &&Row| if options.exact { row.name == options.only } else { row.name.contains(&options.only) };
+    let rows: Vec<&Row> = all.iter().filter(is_chosen).collect();
     if rows.is_empty() {
         let names: Vec<_> = all.iter().map(|row| row.name).collect();
         return Err(format!("no row's name contains '{}'; there are {}", options.only, names.join(", ")).into());
+    }
+    if let Some(times) = options.times {
+        for row in rows {
+            row.make().map_err(|error| format!("{}: {error}", row.name))?.run(times);
+            println!("{} {} {times}", row.name, row.format);
+        }
+        return Ok(());
     }
     // Draws on a terminal only.
     let bar = ProgressBar::new(rows.len() as u64);
@@ -43,17 +59,30 @@ fn run(options: &BenchArgs) -> Result<(), workload::Error> {
     let mut elements = Vec::with_capacity(rows.len());
     if !options.json {
         bar.suspend(|| {
-            println!("{:<40} {:<14} {:>12} {:>12}  {:<4} {:>14}", "name", "format", "best ns", "median ns", "per", "per second")
+            println!(
+                "{:<40} {:<14} {:>12} {:>12}  {:<4} {:>14} {:>9} {:>8}",
+                "name", "format", "best ns", "median ns", "per", "per second", "kernel ns", "goal ns"
+            )
         });
     }
     for row in rows {
         bar.set_message(row.name);
         let mut work = row.make().map_err(|error| format!("{}: {error}", row.name))?;
         let figure = measure(row, work.as_mut());
+        let (kernel, note) = (row.kernel(), work.note());
         if !options.json {
-            bar.suspend(|| print(row, &figure, work.note()));
+            bar.suspend(|| print(row, &figure, note.as_deref()));
         }
-        elements.push(Element { name: row.name, format: row.format, ns: round(figure.median_ns), unit: row.unit.name() });
+        elements.push(Element {
+            name: row.name,
+            format: row.format,
+            ns: round(figure.median_ns),
+            best_ns: round(figure.best_ns),
+            unit: row.unit.name(),
+            kernel_ns: kernel.map(|kernel| kernel.median_ns),
+            goal_ns: kernel.map(|kernel| kernel.goal_ns),
+            note,
+        });
         bar.inc(1);
     }
     bar.finish_and_clear();
@@ -63,11 +92,15 @@ fn run(options: &BenchArgs) -> Result<(), workload::Error> {
     Ok(())
 }
 
-fn print(row: &Row, figure: &Figure, note: Option<String>) {
+fn print(row: &Row, figure: &Figure, note: Option<&str>) {
     let Figure { best_ns, median_ns, .. } = figure;
     let (name, format, unit) = (row.name, row.format, row.unit.name());
+    let beside = row.kernel().map_or_else(String::new, |kernel| {
+        let verdict = if *median_ns <= kernel.goal_ns { "met" } else { "NOT met" };
+        format!("{:>9.2} {:>8.2} {:.2} of the kernel's, {verdict}", kernel.median_ns, kernel.goal_ns, median_ns / kernel.median_ns)
+    });
     let line = format!(
-        "{name:<40} {format:<14} {best_ns:>12.2} {median_ns:>12.2}  {unit:<4} {:>14.0}  {}",
+        "{name:<40} {format:<14} {best_ns:>12.2} {median_ns:>12.2}  {unit:<4} {:>14.0} {beside} {}",
         1e9 / median_ns,
         note.unwrap_or_default()
     );

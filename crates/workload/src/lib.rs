@@ -10,10 +10,12 @@ pub mod dma;
 mod front;
 pub mod ioas;
 pub mod iommufd;
+mod kernel;
 mod measure;
 pub mod pt;
 mod tree;
 
+pub use kernel::Kernel;
 pub use measure::{Figure, measure};
 
 use ::pt::FormatKind;

@@ -1,22 +1,26 @@
 //! Page tables alone, as the kernel's own benchmark takes them: without invalidation and without grace, in memory that was touched before, in
 //! a live table. The rows named `flush` add both, to show what a reader costs a writer.
 
-use crate::tree::{OA, Tree, span};
-use crate::{Error, Row, Unit, Work, batches, choices, in_format, timed};
-use addr::{Iova, Lg2, Oa, SizeSet};
-use iommu::{Config, Domain, Iommu, SystemRmp};
-use pt::{FormatKind, Gather, Perm, Stock};
+mod flush;
+mod plain;
+
+use crate::tree::{Edit, OA, Tree, TreeOf};
+use crate::{Error, Row, Unit, Work, batches, choices, timed};
+use addr::{Lg2, SizeSet};
+use backing::Words;
+use flush::{Flushing, Reader};
+use pt::{Format, FormatKind, FormatVisitor, Table};
 use std::hint::black_box;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
-use std::time::Duration;
 
 const K4: u64 = 4 << 10;
+const K64: u64 = 64 << 10;
 const M1: u64 = 1 << 20;
 const M2: u64 = 2 << 20;
 const G1: u64 = 1 << 30;
 const PAGES: u64 = G1 / K4;
+/// Pages of a list, and how many lists lie side by side.
+const LIST: u64 = 256;
+const LISTS: u64 = 16;
 /// Tables for 1 GiB in 4 KiB leaves, and some to spare.
 const TABLES: usize = 1100;
 const SMALL: SizeSet = SizeSet::only(Lg2::K4);
@@ -29,34 +33,61 @@ macro_rules! row {
     };
 }
 
-/// Its rows.
+/// Its rows: those of the kernel's figures ([`Row::kernel`]) first.
 pub fn rows() -> Vec<Row> {
     let one = Unit::Call;
     let pages = Unit::Page(PAGES);
-    vec![
-        row!("map_4k", one, |format| Calls { len: K4, sizes: SMALL, batch: 256 }.map(format)),
-        row!("unmap_4k", one, |format| Calls { len: K4, sizes: SMALL, batch: 256 }.unmap(format)),
-        row!("map_256x4k", one, |format| Calls { len: M1, sizes: SMALL, batch: 16 }.map(format)),
-        row!("unmap_256x4k", one, |format| Calls { len: M1, sizes: SMALL, batch: 16 }.unmap(format)),
-        row!("map_256x4k_sized", one, |format| Calls { len: M1, sizes: SizeSet::ALL, batch: 16 }.map(format)),
-        row!("unmap_256x4k_sized", one, |format| Calls { len: M1, sizes: SizeSet::ALL, batch: 16 }.unmap(format)),
-        row!("map_2m", one, |format| Calls { len: M2, sizes: SizeSet::ALL, batch: 256 }.map(format)),
-        row!("unmap_2m", one, |format| Calls { len: M2, sizes: SizeSet::ALL, batch: 256 }.unmap(format)),
-        row!("map_1g", one, |format| Calls { len: G1, sizes: SizeSet::ALL, batch: 128 }.map(format)),
-        row!("unmap_1g", one, |format| Calls { len: G1, sizes: SizeSet::ALL, batch: 128 }.unmap(format)),
+    let list = Unit::Page(LIST);
+    let mut rows = vec![
+        row!("map_4k", one, |format| PAGE.map(format)),
+        row!("unmap_4k", one, |format| PAGE.unmap(format)),
+        row!("map_16x4k", one, |format| Calls { len: K64, sizes: SMALL, batch: 64 }.map(format)),
+        row!("map_256x4k", one, |format| MIB.map(format)),
+        row!("unmap_256x4k", one, |format| MIB.unmap(format)),
+        row!("map_256x4k_sized", one, |format| Calls { sizes: SizeSet::ALL, ..MIB }.map(format)),
+        row!("unmap_256x4k_sized", one, |format| Calls { sizes: SizeSet::ALL, ..MIB }.unmap(format)),
+        row!("map_list_256", list, map_list),
+        row!("unmap_list_256", list, unmap_list),
+        row!("map_2m", one, |format| LARGE.map(format)),
+        row!("unmap_2m", one, |format| LARGE.unmap(format)),
+        row!("map_1g", one, |format| HUGE.map(format)),
+        row!("unmap_1g", one, |format| HUGE.unmap(format)),
+        row!("walk_hot_4k", one, |format| walk::<Any>(format, SMALL, &hot_pages())),
+        row!("walk_random_4k", one, |format| walk::<Any>(format, SMALL, &random_pages())),
+        row!("walk_1g_leaf", one, |format| walk::<Any>(format, SizeSet::ALL, &random_pages())),
         row!("map_1g_as_4k", pages, |format| map_1g_as_4k(format, Tables::Allocated)),
         row!("map_1g_as_4k_present", pages, |format| map_1g_as_4k(format, Tables::Present)),
-        row!("map_1g_as_4k_fresh", pages, |format| map_1g_as_4k_fresh(format)),
-        row!("unmap_1g_as_4k", pages, |format| unmap_1g_as_4k(format,)),
-        row!("walk_hot_4k", one, |format| walk(format, SMALL, &(0..512).map(|page| page * K4 + page).collect::<Vec<_>>())),
-        row!("walk_random_4k", one, |format| walk(format, SMALL, &random_pages())),
-        row!("walk_1g_leaf", one, |format| walk(format, SizeSet::ALL, &random_pages())),
-        row!("cut_4k_in_1g", one, |format| cut_4k_in_1g(format)),
-        row!("merge_1g", one, |format| merge_1g(format)),
-        row!("unmap_4k_flush_idle", one, |format| Flushing::work(format, false)),
-        row!("unmap_4k_flush_busy_reader", one, |format| Flushing::work(format, true)),
-    ]
+        row!("map_1g_as_4k_fresh", pages, map_1g_as_4k_fresh),
+        row!("unmap_1g_as_4k", pages, unmap_1g_as_4k),
+        row!("map_1g_scattered", pages, map_1g_scattered),
+        row!("map_4k_typed", one, |format| format.visit(Typed(format, Call::Map))),
+        row!("unmap_4k_typed", one, |format| format.visit(Typed(format, Call::Unmap))),
+        row!("walk_hot_4k_typed", one, |format| format.visit(Typed(format, Call::Walk))),
+        row!("cut_4k_in_1g", one, cut_4k_in_1g),
+        row!("merge_1g", one, merge_1g),
+        row!("map_4k_flush_idle", one, |format| Flushing::map(format, PAGE, Reader::Idle)),
+        row!("map_4k_flush_busy", one, |format| Flushing::map(format, PAGE, Reader::Busy)),
+        row!("unmap_4k_flush_none", one, |format| Flushing::unmap(format, PAGE, Reader::None)),
+        row!("unmap_4k_flush_idle", one, |format| Flushing::unmap(format, PAGE, Reader::Idle)),
+        row!("unmap_4k_flush_busy", one, |format| Flushing::unmap(format, PAGE, Reader::Busy)),
+        row!("unmap_256x4k_flush_idle", one, |format| Flushing::unmap(format, MIB, Reader::Idle)),
+        row!("unmap_256x4k_flush_busy", one, |format| Flushing::unmap(format, MIB, Reader::Busy)),
+        row!("unmap_2m_flush_idle", one, |format| Flushing::unmap(format, LARGE, Reader::Idle)),
+        row!("unmap_2m_flush_busy", one, |format| Flushing::unmap(format, LARGE, Reader::Busy)),
+        row!("unmap_1g_flush_idle", one, |format| Flushing::unmap(format, HUGE, Reader::Idle)),
+        row!("unmap_1g_flush_busy", one, |format| Flushing::unmap(format, HUGE, Reader::Busy)),
+    ];
+    rows.extend(plain::rows());
+    rows
 }
+
+/// What a program uses, whose format is chosen while it runs.
+type Any = iommu::IoTable;
+
+const PAGE: Calls = Calls { len: K4, sizes: SMALL, batch: 256 };
+const MIB: Calls = Calls { len: M1, sizes: SMALL, batch: 16 };
+const LARGE: Calls = Calls { len: M2, sizes: SizeSet::ALL, batch: 256 };
+const HUGE: Calls = Calls { len: G1, sizes: SizeSet::ALL, batch: 128 };
 
 /// Calls of one length, side by side, into tables that are there.
 #[derive(Clone, Copy)]
@@ -68,30 +99,96 @@ struct Calls {
 
 impl Calls {
     fn map(self, format: FormatKind) -> Result<Box<dyn Work>, Error> {
-        let mut tree = Tree::new(format, TABLES, true)?;
+        self.map_in::<Any>(format)
+    }
+
+    fn unmap(self, format: FormatKind) -> Result<Box<dyn Work>, Error> {
+        self.unmap_in::<Any>(format)
+    }
+
+    fn map_in<T: Edit>(self, format: FormatKind) -> Result<Box<dyn Work>, Error> {
+        let mut tree = TreeOf::<T>::new(format, TABLES, true)?;
         Ok(Box::new(move |times| {
             batches(&mut tree, times, self.batch, |_, _| {}, |tree, now| self.map_all(tree, now), |tree, now| self.unmap_all(tree, now))
         }))
     }
 
-    fn unmap(self, format: FormatKind) -> Result<Box<dyn Work>, Error> {
-        let mut tree = Tree::new(format, TABLES, true)?;
+    fn unmap_in<T: Edit>(self, format: FormatKind) -> Result<Box<dyn Work>, Error> {
+        let mut tree = TreeOf::<T>::new(format, TABLES, true)?;
         Ok(Box::new(move |times| {
             batches(&mut tree, times, self.batch, |tree, now| self.map_all(tree, now), |tree, now| self.unmap_all(tree, now), |_, _| {})
         }))
     }
 
-    fn map_all(self, tree: &mut Tree, count: u64) {
+    fn map_all<T: Edit>(self, tree: &mut TreeOf<T>, count: u64) {
         for at in (0..count).map(|index| index * self.len) {
             tree.map(black_box(AT + at), self.len, OA + at, self.sizes);
         }
     }
 
-    fn unmap_all(self, tree: &mut Tree, count: u64) {
+    fn unmap_all<T: Edit>(self, tree: &mut TreeOf<T>, count: u64) {
         for at in (0..count).map(|index| index * self.len) {
             tree.unmap(black_box(AT + at), self.len);
         }
     }
+}
+
+/// The same calls where the format is known when the code is compiled: what is left of the choice at run time.
+struct Typed(FormatKind, Call);
+
+enum Call {
+    Map,
+    Unmap,
+    Walk,
+}
+
+impl FormatVisitor for Typed {
+    type Output = Result<Box<dyn Work>, Error>;
+
+    fn visit<F: Format>(self) -> Self::Output {
+        let Self(format, call) = self;
+        match call {
+            Call::Map => PAGE.map_in::<Table<F, Words>>(format),
+            Call::Unmap => PAGE.unmap_in::<Table<F, Words>>(format),
+            Call::Walk => walk::<Table<F, Words>>(format, SMALL, &hot_pages()),
+        }
+    }
+}
+
+/// Where page `index` of a scattered GiB lies.
+fn scattered(index: u64) -> u64 {
+    OA + index * 7919 % PAGES * K4
+}
+
+fn map_scattered(tree: &mut Tree, first: u64, count: u64) {
+    for page in first..first + count {
+        tree.map(black_box(AT + page * K4), K4, scattered(page), SMALL);
+    }
+}
+
+/// A list of pages in no order, as a driver gets it: one call a page.
+fn map_list(format: FormatKind) -> Result<Box<dyn Work>, Error> {
+    let mut tree = Tree::new(format, TABLES, true)?;
+    Ok(Box::new(move |times| {
+        let undo = |tree: &mut Tree, lists| tree.unmap(AT, lists * LIST * K4);
+        batches(&mut tree, times, LISTS, |_, _| {}, |tree, lists| map_scattered(tree, 0, lists * LIST), undo)
+    }))
+}
+
+/// Such a list taken out by one call.
+fn unmap_list(format: FormatKind) -> Result<Box<dyn Work>, Error> {
+    let mut tree = Tree::new(format, TABLES, true)?;
+    Ok(Box::new(move |times| {
+        let unmap = |tree: &mut Tree, lists| (0..lists).for_each(|list| tree.unmap(black_box(AT + list * LIST * K4), LIST * K4));
+        batches(&mut tree, times, LISTS, |tree, lists| map_scattered(tree, 0, lists * LIST), unmap, |_, _| {})
+    }))
+}
+
+fn map_1g_scattered(format: FormatKind) -> Result<Box<dyn Work>, Error> {
+    let mut tree = Tree::new(format, TABLES, true)?;
+    Ok(Box::new(move |times| {
+        batches(&mut tree, times, 1, |_, _| {}, |tree, _| map_scattered(tree, 0, PAGES), |tree, _| tree.unmap(AT, G1))
+    }))
 }
 
 /// What a map of 1 GiB finds.
@@ -133,15 +230,19 @@ fn unmap_1g_as_4k(format: FormatKind) -> Result<Box<dyn Work>, Error> {
     }))
 }
 
+fn hot_pages() -> Vec<u64> {
+    (0..512).map(|page| page * K4 + page).collect()
+}
+
 fn random_pages() -> Vec<u64> {
     choices(4096, PAGES).into_iter().map(|page| page * K4).collect()
 }
 
 /// Walks of `offsets` in turn, in 1 GiB that is mapped with `sizes`, pages in no order where they are small.
-fn walk(format: FormatKind, sizes: SizeSet, offsets: &[u64]) -> Result<Box<dyn Work>, Error> {
-    let mut tree = Tree::new(format, TABLES, true)?;
+fn walk<T: Edit>(format: FormatKind, sizes: SizeSet, offsets: &[u64]) -> Result<Box<dyn Work>, Error> {
+    let mut tree = TreeOf::<T>::new(format, TABLES, true)?;
     if sizes == SMALL {
-        (0..PAGES).for_each(|page| tree.map(AT + page * K4, K4, OA + (page * 7919) % PAGES * K4, SMALL));
+        (0..PAGES).for_each(|page| tree.map(AT + page * K4, K4, scattered(page), SMALL));
     } else {
         tree.map(AT, G1, OA, sizes);
     }
@@ -171,77 +272,4 @@ fn merge_1g(format: FormatKind) -> Result<Box<dyn Work>, Error> {
     let mut tree = Tree::new(format, TABLES, true)?;
     tree.map(AT, G1, OA, SizeSet::ALL);
     Ok(Box::new(move |times| batches(&mut tree, times, 1, |tree, _| tree.cut(CUT_AT), |tree, _| tree.merge(black_box(AT), G1), |_, _| {})))
-}
-
-/// Unmap of 4 KiB as a domain does it: entry, invalidation log, grace.
-struct Flushing {
-    domain: Arc<Domain>,
-    stock: Stock<backing::Words>,
-    reader: Option<Reader>,
-}
-
-/// A device that translates all the time, on another thread. It stops when this is dropped.
-struct Reader {
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Drop for Reader {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        let _ = self.thread.take().map(JoinHandle::join);
-    }
-}
-
-impl Flushing {
-    fn work(format: FormatKind, busy: bool) -> Result<Box<dyn Work>, Error> {
-        let iommu = Iommu::new(&Config { table_bytes: 16 << 20, domain: in_format(format), ..Config::default() }, SystemRmp::new().into())?;
-        let domain = iommu.domain()?;
-        let device = iommu.device("reader");
-        device.attach(&domain)?;
-        let mut dma = iommu::Dma::new(&device)?;
-        let mut work = Self { stock: Stock::new(iommu.arena()), domain, reader: None };
-        work.map(511);
-        let seen = Iova::new(AT + 511 * K4);
-        dma.translate(seen, iommu::Access::Read)?;
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = Arc::clone(&stop);
-        let read = move || {
-            // Idle: it is registered, and outside.
-            while busy && !stopped.load(Ordering::Relaxed) {
-                black_box(dma.translate(seen, iommu::Access::Read).is_ok());
-            }
-            while !stopped.load(Ordering::Relaxed) {
-                std::thread::sleep(Duration::from_millis(1));
-            }
-        };
-        work.reader = Some(Reader { stop, thread: Some(std::thread::Builder::new().name("reader".into()).spawn(read)?) });
-        Ok(Box::new(work))
-    }
-
-    fn map(&mut self, page: u64) {
-        let mut gather = Gather::new();
-        let oa = Oa::new(OA + page * K4);
-        let done = self.domain.table().map(span(AT + page * K4, K4), oa, Perm::RW, SMALL, &mut self.stock, &mut gather);
-        assert!(done.is_ok(), "{done:?}");
-        self.domain.flush(gather);
-    }
-
-    fn unmap(&mut self, page: u64) {
-        let mut gather = Gather::new();
-        let _none_crosses = self.domain.table().unmap(span(AT + page * K4, K4), &mut gather);
-        self.domain.flush(gather);
-    }
-}
-
-impl Work for Flushing {
-    fn run(&mut self, times: u64) -> Duration {
-        let map = |work: &mut Self, now| (0..now).for_each(|page| work.map(page));
-        batches(self, times, 256, map, |work, now| (0..now).for_each(|page| work.unmap(black_box(page))), |_, _| {})
-    }
-
-    fn note(&self) -> Option<String> {
-        let stats = self.domain.flush_stats();
-        self.reader.is_some().then(|| format!("{} grace periods", stats.graces))
-    }
 }

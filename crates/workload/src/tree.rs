@@ -5,7 +5,7 @@ use crate::Error;
 use addr::{Iova, Oa, SizeSet, Span};
 use backing::Words;
 use iommu::{IoArena, IoTable};
-use pt::{FormatKind, Gather, Perm, Stock};
+use pt::{Format, FormatKind, Gather, Leaf, MapError, NoTable, Perm, Stock, Table};
 use std::sync::Arc;
 
 /// Output addresses begin here: aligned to every leaf size in use.
@@ -14,13 +14,50 @@ const TABLES_AT: Oa = Oa::new(1 << 32);
 /// A table, and its link in the arena.
 const WORDS_PER_TABLE: usize = 513;
 
-pub(crate) struct Tree {
-    pub(crate) table: IoTable,
+/// A table of a format that was chosen at run time, or when this was compiled.
+pub(crate) trait Edit: Sized + 'static {
+    fn create(format: FormatKind, arena: Arc<IoArena>) -> Result<Self, NoTable>;
+    fn map(&self, iova: Span<Iova>, oa: Oa, sizes: SizeSet, stock: &mut Stock<Words>, gather: &mut Gather) -> Result<(), MapError>;
+    fn unmap(&self, iova: Span<Iova>, gather: &mut Gather) -> Option<Leaf>;
+    fn walk(&self, iova: Iova) -> Option<Leaf>;
+}
+
+macro_rules! edit {
+    ($table:ty, $create:expr $(, $format:ident)?) => {
+        impl $(<$format: Format>)? Edit for $table {
+            fn create(format: FormatKind, arena: Arc<IoArena>) -> Result<Self, NoTable> {
+                $create(format, arena)
+            }
+
+            #[inline(always)]
+            fn map(&self, iova: Span<Iova>, oa: Oa, sizes: SizeSet, stock: &mut Stock<Words>, gather: &mut Gather) -> Result<(), MapError> {
+                self.map(iova, oa, Perm::RW, sizes, stock, gather)
+            }
+
+            #[inline(always)]
+            fn unmap(&self, iova: Span<Iova>, gather: &mut Gather) -> Option<Leaf> {
+                self.unmap(iova, gather)
+            }
+
+            #[inline(always)]
+            fn walk(&self, iova: Iova) -> Option<Leaf> {
+                self.walk(iova)
+            }
+        }
+    };
+}
+edit!(IoTable, Self::new);
+edit!(Table<F, Words>, |_, arena| Self::new(arena), F);
+
+pub(crate) struct TreeOf<T> {
+    table: T,
     arena: Arc<IoArena>,
     stock: Stock<Words>,
 }
 
-impl Tree {
+pub(crate) type Tree = TreeOf<IoTable>;
+
+impl<T: Edit> TreeOf<T> {
     /// Room for `tables` tables, all of them touched if `warm`.
     pub(crate) fn new(format: FormatKind, tables: usize, warm: bool) -> Result<Self, Error> {
         let words = Words::new(tables * WORDS_PER_TABLE)?;
@@ -28,7 +65,7 @@ impl Tree {
             words.prefault()?;
         }
         let arena = IoArena::new(words, TABLES_AT, 9);
-        Ok(Self { table: IoTable::new(format, Arc::clone(&arena))?, stock: Stock::new(&arena), arena })
+        Ok(Self { table: T::create(format, Arc::clone(&arena))?, stock: Stock::new(&arena), arena })
     }
 
     /// Maps `len` bytes, and ends the edit without invalidation and grace.
@@ -38,7 +75,7 @@ impl Tree {
     #[inline(never)]
     pub(crate) fn map(&mut self, at: u64, len: u64, oa: u64, sizes: SizeSet) {
         let mut gather = Gather::new();
-        let done = self.table.map(span(at, len), Oa::new(oa), Perm::RW, sizes, &mut self.stock, &mut gather);
+        let done = self.table.map(span(at, len), Oa::new(oa), sizes, &mut self.stock, &mut gather);
         gather.finish(&self.arena, |_| {});
         assert!(done.is_ok(), "map of {len:#x} bytes at {at:#x}: {done:?}");
     }
@@ -59,6 +96,14 @@ impl Tree {
         self.table.walk(at).map_or(0, |leaf| leaf.oa_of(at).get())
     }
 
+    /// Takes tables out of the arena, so that an edit finds them.
+    pub(crate) fn stock(&mut self, tables: u32) {
+        let done = self.stock.reserve(tables);
+        assert!(done.is_ok(), "{done:?}");
+    }
+}
+
+impl Tree {
     /// Cuts the leaf around `at` so that 4 KiB stand alone.
     #[inline(never)]
     pub(crate) fn cut(&mut self, at: u64) {
@@ -72,12 +117,6 @@ impl Tree {
         let mut gather = Gather::new();
         self.table.merge(span(at, len), SizeSet::ALL, &mut gather, |_| {});
         gather.finish(&self.arena, |_| {});
-    }
-
-    /// Takes tables out of the arena, so that an edit finds them.
-    pub(crate) fn stock(&mut self, tables: u32) {
-        let done = self.stock.reserve(tables);
-        assert!(done.is_ok(), "{done:?}");
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod conformance;
 mod coverage;
+mod instructions;
 
 use clap::{Parser, Subcommand};
 use std::path::{Path, PathBuf};
@@ -25,12 +26,15 @@ enum Chore {
     },
     /// Run the kernel's own test program of /dev/iommu under `lockstep iommufd`
     Conformance(conformance::Options),
+    /// Count the instructions of page-table calls, with callgrind
+    Instructions(instructions::Options),
 }
 
 fn main() -> ExitCode {
     let done = match Args::parse().chore {
         Chore::Coverage { check } => coverage::main(check),
         Chore::Conformance(options) => conformance::main(&options),
+        Chore::Instructions(options) => instructions::main(&options),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
