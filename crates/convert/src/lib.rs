@@ -32,7 +32,7 @@ pub use report::{AuditReport, Difference, Says};
 pub use smash::{SmashError, smash};
 pub use space::{Counters, Space, SpaceError, Transition};
 pub use stage2::{Evidence, RecordedStage2, Stage2, Stage2Error};
-pub use stages::{Conversion, Done};
+pub use stages::{Conversion, Done, IsStage, Stage};
 
 use addr::{Gpa, Span};
 

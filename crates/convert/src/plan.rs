@@ -71,6 +71,7 @@ impl Plan {
         if let Some(pair) = plan.pieces.windows(2).find(|pair| meets(pair)) {
             return Err(ConvertError::Twice { span: pair[1].gpa });
         }
+        plan.pieces.dedup_by(|next, piece| piece.join(next));
         Ok(plan)
     }
 
@@ -180,6 +181,16 @@ impl Plan {
 }
 
 impl Piece {
+    /// Takes `next` in, where it goes on with what this is about: guests ask page by page for what lies in a row.
+    fn join(&mut self, next: &Self) -> bool {
+        let goes_on = (self.held, self.to) == (next.held, next.to) && self.pages.touches(next.pages) && self.gpa.touches(next.gpa);
+        if goes_on {
+            self.gpa = Span::of(self.gpa.start(), next.gpa.last());
+            self.pages = Span::of(self.pages.start(), next.pages.last());
+        }
+        goes_on
+    }
+
     /// The pages that were done, those that failed, those that were not tried.
     pub(crate) fn split(&self, done: u64, bad: Span<Page>) -> (Option<Self>, Self, Option<Self>) {
         let part = |pages: Span<Page>| Self {

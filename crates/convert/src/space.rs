@@ -2,7 +2,7 @@
 
 use crate::slots::{Frames, Slot, Slots};
 use crate::smash::smash_held;
-use crate::{Evidence, Stage2, plan};
+use crate::{Evidence, Stage, Stage2, plan};
 use addr::{Address, Gpa, Lg2, Oa, OverlapError, PAGE_LG2, Page, Span, SpanError, SpanMap};
 use backing::{Backing, PageState};
 use ioas::Pages;
@@ -10,7 +10,7 @@ use iommu::SystemRmp;
 use secure::{Pvalidate, PvalidateError, RmpSize, Validated, Vmpl};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use thiserror::Error;
 
 /// Pages of one 2 MiB entry.
@@ -26,10 +26,14 @@ pub struct Space {
     validated: Mutex<SpanMap<Gpa, ()>>,
     pub(crate) counters: CountersNow,
     watch: RwLock<Option<Arc<Watch>>>,
+    stage_watch: OnceLock<Box<StageWatch>>,
 }
 
 /// Called with pages in transition: detached everywhere, their owner just changed, nothing mapped yet (I-7).
 pub(crate) type Watch = dyn Fn(&Transition<'_>) + Send + Sync;
+
+/// Called with each stage that a conversion reaches.
+pub(crate) type StageWatch = dyn Fn(Stage) + Send + Sync;
 
 /// Pages that a conversion holds: in nobody's table at this moment, or, at its end, in all of them.
 #[derive(Debug)]
@@ -120,6 +124,7 @@ impl Space {
             validated: Mutex::default(),
             counters: CountersNow::default(),
             watch: RwLock::default(),
+            stage_watch: OnceLock::new(),
         })
     }
 
@@ -338,6 +343,19 @@ impl Space {
         if let Some(watch) = watch {
             let pages: Vec<_> = pieces.iter().map(|piece| (piece.gpa, Arc::clone(held[piece.held].pages), piece.pages)).collect();
             watch(&Transition { done, pages: &pages });
+        }
+    }
+
+    /// Calls `watch` with each stage that a conversion reaches, on its thread and with its pages held: for tests and measurements. Once for
+    /// a space; `false` when there is one already.
+    pub fn on_stage(&self, watch: impl Fn(Stage) + Send + Sync + 'static) -> bool {
+        self.stage_watch.set(Box::new(watch)).is_ok()
+    }
+
+    #[inline]
+    pub(crate) fn reached(&self, stage: Stage) {
+        if let Some(watch) = self.stage_watch.get() {
+            watch(stage);
         }
     }
 

@@ -23,24 +23,66 @@ pub struct Conversion<'a, S> {
     stage: PhantomData<S>,
 }
 
-/// Everything that later stages need is there; nothing has changed.
-#[derive(Debug)]
-pub struct Reserved;
-/// Stage 2 lets nobody in.
-#[derive(Debug)]
-pub struct Frozen;
-/// No device reaches the pages, and none is on its way.
-#[derive(Debug)]
-pub struct Detached;
-/// The pages have their new owner.
-#[derive(Debug)]
-pub struct Switched;
-/// States and stage 2 say so.
-#[derive(Debug)]
-pub struct Committed;
-/// Devices see what they may see.
-#[derive(Debug)]
-pub struct Attached;
+/// How far a conversion has come, for those who watch one ([`Space::on_stage`]).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Stage {
+    /// The request has pages to convert; next comes the reservation.
+    Planned,
+    /// See [`Reserved`].
+    Reserved,
+    /// See [`Frozen`].
+    Frozen,
+    /// See [`Detached`].
+    Detached,
+    /// See [`Switched`].
+    Switched,
+    /// See [`Committed`].
+    Committed,
+    /// See [`Attached`].
+    Attached,
+    /// vCPUs are let in again, and the caller gets its answer.
+    Thawed,
+}
+
+impl Stage {
+    /// All, in their order.
+    pub const ALL: [Self; 8] =
+        [Self::Planned, Self::Reserved, Self::Frozen, Self::Detached, Self::Switched, Self::Committed, Self::Attached, Self::Thawed];
+}
+
+/// A stage as a type.
+pub trait IsStage {
+    /// The stage as a value.
+    const STAGE: Stage;
+}
+
+macro_rules! stages {
+    ($($(#[$doc:meta])* $stage:ident,)+) => {
+        $(
+            $(#[$doc])*
+            #[derive(Debug)]
+            pub struct $stage;
+
+            impl IsStage for $stage {
+                const STAGE: Stage = Stage::$stage;
+            }
+        )+
+    };
+}
+stages! {
+    /// Everything that later stages need is there; nothing has changed.
+    Reserved,
+    /// Stage 2 lets nobody in.
+    Frozen,
+    /// No device reaches the pages, and none is on its way.
+    Detached,
+    /// The pages have their new owner.
+    Switched,
+    /// States and stage 2 say so.
+    Committed,
+    /// Devices see what they may see.
+    Attached,
+}
 
 /// What a conversion did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -62,7 +104,8 @@ struct Core<'a> {
 }
 
 impl<'a, S> Conversion<'a, S> {
-    fn next<T>(self) -> Conversion<'a, T> {
+    fn next<T: IsStage>(self) -> Conversion<'a, T> {
+        self.core.space.reached(T::STAGE);
         Conversion { core: self.core, stage: PhantomData }
     }
 }
@@ -94,6 +137,7 @@ impl Space {
         if pieces.is_empty() {
             return Ok(Done::default());
         }
+        self.reached(Stage::Planned);
         Conversion::reserve(self, held, pieces)?.freeze().detach()?.switch().commit().attach().thaw()
     }
 
@@ -121,6 +165,7 @@ impl<'a> Conversion<'a, Reserved> {
     fn reserve(space: &'a Space, held: Vec<Held<'a>>, pieces: Vec<Piece>) -> Result<Self, ConvertError> {
         let mut core = Core { space, held, pieces, edit: Edit::new(), frozen: Vec::new(), error: None, occupied: false };
         core.reserve()?;
+        space.reached(Reserved::STAGE);
         Ok(Self { core, stage: PhantomData })
     }
 
@@ -185,6 +230,7 @@ impl Conversion<'_, Attached> {
     fn thaw(mut self) -> Result<Done, ConvertError> {
         self.core.space.show_transition(true, &self.core.pieces, &self.core.held);
         self.core.thaw();
+        self.core.space.reached(Stage::Thawed);
         self.core.count()
     }
 }

@@ -12,7 +12,7 @@ pub mod kvm;
 mod requests;
 mod stage2;
 
-pub use convert::{AuditReport, Change, ConvertError, Difference, Owner, Policy, RecordedStage2, Stage2};
+pub use convert::{AuditReport, Change, ConvertError, Difference, Owner, Policy, RecordedStage2, Stage, Stage2};
 pub use guest_dma::{Config, Error, GuestDma};
 pub use iommu::{Device, Dma, EngineDevice, Fault, Tdisp, Trust};
 pub use requests::NO_UPDATE;

@@ -7,8 +7,9 @@ use addr::Gpa;
 use backing::Frames;
 use common::{ASID, Guest, MIB, change, iova, span};
 use iommu::{FaultKind, RefusedBy};
-use lockstep_iommu::{ConvertError, Owner, Policy, Tdisp, Trust};
+use lockstep_iommu::{ConvertError, Owner, Policy, Stage, Tdisp, Trust};
 use secure::RmpSize;
+use std::sync::{Arc, Mutex};
 
 #[test]
 fn one_page_of_a_large_leaf() {
@@ -168,4 +169,41 @@ fn no_page_has_two_addresses() {
     guest.convert(0, 0x1000, Owner::Private);
     guest.dma.remove_memory(Gpa::new(0)).unwrap();
     assert!(guest.dma.add_memory(Gpa::new(16 * MIB), 4 * MIB, &guest.backing, 0).is_err(), "a page that is still private, elsewhere");
+}
+
+/// Guests ask page by page; what lies in a row is one piece, in whichever order it was named, and what does not go on stays apart.
+#[test]
+fn neighbours_are_converted_as_one() {
+    let guest = Guest::new(16 * MIB, Frames::Contiguous, Policy::Mirror);
+    let pieces = Arc::new(Mutex::new(Vec::new()));
+    let seen = Arc::clone(&pieces);
+    guest.dma.space().on_transition(move |transition| {
+        if !transition.done {
+            seen.lock().unwrap().push(transition.pages.iter().map(|(gpa, ..)| *gpa).collect::<Vec<_>>());
+        }
+    });
+    let mut changes: Vec<_> = (0..8).rev().map(|page| change(0x5000 + page * 0x1000, 0x1000, Owner::Private)).collect();
+    changes.push(change(0x10_0000, 0x2000, Owner::Private));
+    assert_eq!(guest.dma.convert(&changes).unwrap().pages, 10);
+    assert_eq!(*pieces.lock().unwrap(), [[span(0x5000, 0x8000), span(0x10_0000, 0x2000)]]);
+    guest.clean();
+    // Two owners, side by side.
+    let changes = [change(0x5000, 0x1000, Owner::Shared), change(0xd000, 0x1000, Owner::Private)];
+    assert_eq!(guest.dma.convert(&changes).unwrap().pages, 2);
+    assert_eq!(pieces.lock().unwrap()[1].len(), 2);
+    guest.clean();
+}
+
+/// Whoever watches sees every stage, in the order of design D-6, and nothing of a conversion that has nothing to do.
+#[test]
+fn stages_are_reached_in_their_order() {
+    let guest = Guest::new(16 * MIB, Frames::Contiguous, Policy::Mirror);
+    let stages = Arc::new(Mutex::new(Vec::new()));
+    let seen = Arc::clone(&stages);
+    assert!(guest.dma.space().on_stage(move |stage| seen.lock().unwrap().push(stage)));
+    assert!(!guest.dma.space().on_stage(|_| {}), "there is one already");
+    guest.convert(0x5000, 0x1000, Owner::Private);
+    assert_eq!(*stages.lock().unwrap(), Stage::ALL);
+    guest.convert(0x5000, 0x1000, Owner::Private);
+    assert_eq!(stages.lock().unwrap().len(), Stage::ALL.len());
 }

@@ -1,11 +1,14 @@
 //! Page state changes: one page out of a 1 GiB leaf, and batches as large as a guest can ask for. The link keeps the attributes itself
 //! ([`RecordedStage2`]) and nothing audits, so this is the cost of the transaction without KVM.
 
+mod steps;
+mod today;
+
 use crate::{Error, Row, Unit, Work, batches, choices, in_format};
 use addr::{Gpa, Iova, Span};
 use backing::{Backing, Frames};
 use iommu::Access;
-use lockstep::{Change, Config, Device, Dma, GuestDma, Owner, RecordedStage2, Trust};
+use lockstep::{Change, Config, Device, Dma, GuestDma, Owner, RecordedStage2, Stage, Trust};
 use pt::FormatKind;
 use std::hint::black_box;
 use std::sync::Arc;
@@ -15,6 +18,7 @@ use std::time::Duration;
 
 const K4: u64 = 4 << 10;
 const G1: u64 = 1 << 30;
+const G64: u64 = 64 << 30;
 /// Entries of one page state change request (GHCB).
 const BATCH: u64 = 253;
 
@@ -34,20 +38,43 @@ pub fn rows() -> Vec<Row> {
         row!("convert_4k_batch253_to_shared", pages, |format| batch(format, in_a_row(), Owner::Shared)),
         row!("convert_4k_spread253_to_private", pages, |format| batch(format, spread(), Owner::Private)),
         row!("convert_4k_spread253_to_shared", pages, |format| batch(format, spread(), Owner::Shared)),
+        row!("today_4k_batch253_to_private", pages, |format| today::batch(format, true)),
+        row!("today_4k_batch253_to_shared", pages, |format| today::batch(format, false)),
+        row!("step_plan_and_reserve", Unit::Call, |format| steps::step(format, Stage::Reserved, in_a_row())),
+        row!("step_freeze", Unit::Call, |format| steps::step(format, Stage::Frozen, in_a_row())),
+        row!("step_detach", Unit::Call, |format| steps::step(format, Stage::Detached, in_a_row())),
+        row!("step_switch", Unit::Call, |format| steps::step(format, Stage::Switched, in_a_row())),
+        row!("step_commit", Unit::Call, |format| steps::step(format, Stage::Committed, in_a_row())),
+        row!("step_attach", Unit::Call, |format| steps::step(format, Stage::Attached, in_a_row())),
+        row!("step_thaw", Unit::Call, |format| steps::step(format, Stage::Thawed, in_a_row())),
+        row!("step_plan_and_reserve_spread", Unit::Call, |format| steps::step(format, Stage::Reserved, spread())),
+        row!("step_freeze_spread", Unit::Call, |format| steps::step(format, Stage::Frozen, spread())),
+        row!("step_detach_spread", Unit::Call, |format| steps::step(format, Stage::Detached, spread())),
+        row!("step_switch_spread", Unit::Call, |format| steps::step(format, Stage::Switched, spread())),
+        row!("step_commit_spread", Unit::Call, |format| steps::step(format, Stage::Committed, spread())),
+        row!("step_attach_spread", Unit::Call, |format| steps::step(format, Stage::Attached, spread())),
+        row!("step_thaw_spread", Unit::Call, |format| steps::step(format, Stage::Thawed, spread())),
+        row!("convert_64g_of_1g_leaves_to_private", Unit::Page(G64 / K4), |format| all_of_it(format, Owner::Private)),
+        row!("convert_64g_of_1g_leaves_to_shared", Unit::Page(G64 / K4), |format| all_of_it(format, Owner::Shared)),
     ]
 }
 
-/// A guest of 1 GiB, all of it shared, in one leaf of the IO page table of one device.
+/// A guest all of whose memory is shared, in leaves of 1 GiB of the IO page table of one device.
 struct Machine {
     guest: GuestDma,
     device: Arc<Device>,
 }
 
 impl Machine {
+    /// With 1 GiB.
     fn new(format: FormatKind) -> Result<Self, Error> {
+        Self::of(format, &Backing::memfd(G1, Frames::Contiguous)?)
+    }
+
+    fn of(format: FormatKind, memory: &Arc<Backing>) -> Result<Self, Error> {
         let iommu = iommu::Config { table_bytes: 1 << 30, domain: in_format(format), ..iommu::Config::default() };
         let guest = GuestDma::new(&Config { iommu, ..Config::default() }, Arc::new(RecordedStage2::new()))?;
-        guest.add_memory(Gpa::new(0), G1, &Backing::memfd(G1, Frames::Contiguous)?, 0)?;
+        guest.add_memory(Gpa::new(0), memory.len_bytes(), memory, 0)?;
         let device = guest.add_device("bench", Trust::Untrusted)?;
         Ok(Self { guest, device })
     }
@@ -87,6 +114,23 @@ fn batch(format: FormatKind, pages: Vec<u64>, to: Owner) -> Result<Box<dyn Work>
     }
     Ok(Box::new(move |times| {
         batches(&mut machine, times, 1, |_, _| {}, |machine, _| machine.convert(&there), |machine, _| machine.convert(&back))
+    }))
+}
+
+/// 64 GiB in one request, from shared leaves of 1 GiB to private ones of 2 MiB or none, or back. The memory is not touched.
+fn all_of_it(format: FormatKind, to: Owner) -> Result<Box<dyn Work>, Error> {
+    let mut machine = Machine::of(format, &Backing::simulated(G64, Frames::Contiguous)?)?;
+    let change = |to| [Change { span: Span::of(Gpa::new(0), Gpa::new(G64 - 1)), to }];
+    let back = if to == Owner::Private { Owner::Shared } else { Owner::Private };
+    let convert = move |machine: &mut Machine, to| {
+        let done = machine.guest.convert(&change(to)).expect("nothing refuses these pages");
+        assert_eq!(done.pages, G64 / K4);
+    };
+    if to == Owner::Shared {
+        convert(&mut machine, Owner::Private);
+    }
+    Ok(Box::new(move |times| {
+        batches(&mut machine, times, 1, |_, _| {}, |machine, _| convert(machine, to), |machine, _| convert(machine, back))
     }))
 }
 
