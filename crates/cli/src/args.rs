@@ -21,6 +21,8 @@ pub(crate) struct Args {
 pub(crate) enum Command {
     /// Run a guest whose pages turn private and shared while devices do DMA, and prove the tables equal
     Run(RunArgs),
+    /// Run scene after scene, each with everything that can happen going on at once, and check all of it
+    Soak(SoakArgs),
     /// Run a program that finds /dev/iommu, on a machine that has none
     Iommufd(IommufdArgs),
     /// Measure this host: page tables, DMA, address spaces, conversions or calls of /dev/iommu
@@ -56,6 +58,22 @@ pub(crate) struct RunArgs {
     /// Plant a fault, which must be found; `list` prints their names
     #[arg(long = "break", value_name = "WHAT")]
     pub(crate) plant: Option<String>,
+}
+
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct SoakArgs {
+    /// How long
+    #[arg(long, default_value_t = 60.0)]
+    pub(crate) seconds: f64,
+    /// Where all random choices start, those of the scenes among them
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// Where the guests run: the best there is, or one in particular
+    #[arg(long, value_enum, default_value_t = VmArg::Auto)]
+    pub(crate) vm: VmArg,
+    /// Print one JSON object at the end instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Clone, Debug, clap::Args)]

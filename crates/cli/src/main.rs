@@ -4,6 +4,7 @@ mod args;
 mod bench;
 mod iommufd;
 mod run;
+mod soak;
 
 use args::{Args, Command};
 use clap::Parser;
@@ -12,6 +13,7 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     match Args::parse().command {
         Command::Run(options) => run::main(&options),
+        Command::Soak(options) => soak::main(&options),
         Command::Iommufd(options) => iommufd::main(&options),
         Command::Bench(options) => bench::main(&options),
     }

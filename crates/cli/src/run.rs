@@ -8,6 +8,11 @@ mod load;
 mod machine;
 mod report;
 mod vcpu;
+mod weather;
+
+pub(crate) use checks::read;
+pub(crate) use report::{Summary, bytes};
+pub(crate) use weather::Counts as WeatherCounts;
 
 use crate::args::RunArgs;
 use balloon::Balloon;
@@ -15,12 +20,13 @@ use checks::{Checks, Detector, add};
 use convert::Auditor;
 use indicatif::{ProgressBar, ProgressStyle};
 use load::Region;
-use lockstep::Dma;
+use lockstep::{Dma, Merger, Pace};
 use machine::{Failure, Machine};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
+use weather::Weather;
 
 /// The command. Exit status 0 only when every check held and everything that should have happened did.
 pub(crate) fn main(options: &RunArgs) -> ExitCode {
@@ -35,7 +41,7 @@ pub(crate) fn main(options: &RunArgs) -> ExitCode {
         }
         name => name,
     };
-    match run(options, planted) {
+    match run(options, planted, None) {
         Ok(summary) => {
             summary.print(options.json);
             if summary.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
@@ -47,7 +53,14 @@ pub(crate) fn main(options: &RunArgs) -> ExitCode {
     }
 }
 
-fn run(options: &RunArgs, planted: Option<&str>) -> Result<report::Summary, Failure> {
+/// A run with everything beside it that a soak adds.
+pub(crate) fn with_weather(options: &RunArgs) -> Result<(Summary, WeatherCounts), Failure> {
+    let counts = WeatherCounts::default();
+    let summary = run(options, None, Some(&counts))?;
+    Ok((summary, counts))
+}
+
+fn run(options: &RunArgs, planted: Option<&str>, weather: Option<&WeatherCounts>) -> Result<Summary, Failure> {
     let checks = Arc::new(Checks::default());
     let mut machine = Machine::new(options, &checks)?;
     if !options.json {
@@ -57,10 +70,10 @@ fn run(options: &RunArgs, planted: Option<&str>) -> Result<report::Summary, Fail
     let _plant = planted.and_then(breaks::plant);
     let started = Instant::now();
     let refused = AtomicU64::new(0);
-    load_and_watch(options, &mut machine, &checks, &refused, started)?;
+    load_and_watch(options, &mut machine, &checks, &refused, started, weather)?;
     let guest = machine.guest_report(&checks)?;
     last_look(&mut machine, &checks);
-    Ok(report::Summary::new(options, &machine, &checks, &guest, started.elapsed()))
+    Ok(Summary::new(options, &machine, &checks, &guest, started.elapsed()))
 }
 
 /// All threads of a run, until time is up or something was found.
@@ -70,6 +83,7 @@ fn load_and_watch(
     checks: &Arc<Checks>,
     refused: &AtomicU64,
     started: Instant,
+    weather: Option<&WeatherCounts>,
 ) -> Result<(), Failure> {
     let region = Region { dma: Arc::clone(&machine.dma), checks: Arc::clone(checks), span: machine.plan.region };
     let away = (0..balloon::PAGES).map(|_| AtomicU64::new(0)).collect();
@@ -82,7 +96,23 @@ fn load_and_watch(
     let dma = Arc::clone(&machine.dma);
     let seed = options.seed;
     let guest = machine.take_guest(checks)?;
+    let _merging = Merger::start(&dma, Pace::default())?;
+    let weather = weather.map(|counts| Weather {
+        dma: &dma,
+        checks,
+        counts,
+        memory: machine.plan.memory,
+        region: machine.plan.region,
+        frames: machine.backing.frames(),
+    });
     std::thread::scope(|scope| {
+        let mut others = Vec::new();
+        if let Some(weather) = &weather {
+            others.push(scope.spawn(move || weather.slots(seed ^ 6)));
+            others.push(scope.spawn(move || weather.second_space(seed ^ 7)));
+            others.push(scope.spawn(move || weather.devices(seed ^ 8)));
+            others.push(scope.spawn(move || weather::failures(checks, weather.counts, weather.frames, seed ^ 9)));
+        }
         scope.spawn(|| region.convert(converting, seed ^ 1));
         scope.spawn(|| region.neighbours(neighbours, seed ^ 2));
         scope.spawn(|| region.probe(probing, all, refused, seed ^ 3));
@@ -93,16 +123,15 @@ fn load_and_watch(
         progress(options, checks, &dma, started);
         machine::stop_guest(&dma);
         checks.stop();
-        vcpu.join().unwrap_or_else(|_| Err("the guest's thread panicked".into()))
+        let mut all = std::iter::once(vcpu.join()).chain(others.into_iter().map(|other| other.join()));
+        all.try_for_each(|done| done.unwrap_or_else(|_| Err("a thread of the run panicked".into())))
     })
 }
 
-/// Audits the whole and merges a part, for ever.
+/// Audits the whole, for ever.
 fn watch(dma: &lockstep::GuestDma, checks: &Checks) {
-    let mut from = addr::Gpa::new(0);
     while !checks.stopped() {
         audit(dma, checks);
-        from = dma.merge(from, 1 << 16);
         // The tables are looked at all the time; the rest of the run wants the processor as well.
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -134,8 +163,8 @@ fn progress(options: &RunArgs, checks: &Checks, dma: &lockstep::GuestDma, starte
         bar.set_message(format!(
             "{} pages converted, {} moved, {} audits",
             counters.to_private + counters.to_shared,
-            report::bytes(checks::read(&checks.bytes_moved)),
-            checks::read(&checks.audits)
+            bytes(read(&checks.bytes_moved)),
+            read(&checks.audits)
         ));
     }
     bar.finish_and_clear();

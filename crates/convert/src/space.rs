@@ -2,12 +2,12 @@
 
 use crate::slots::{Frames, Slot, Slots};
 use crate::smash::smash_held;
-use crate::{Evidence, Stage, Stage2, plan};
+use crate::{Evidence, Stage, Stage2, plan, switch};
 use addr::{Address, Gpa, Lg2, Oa, OverlapError, PAGE_LG2, Page, Span, SpanError, SpanMap};
 use backing::{Backing, PageState};
 use ioas::Pages;
 use iommu::SystemRmp;
-use secure::{Pvalidate, PvalidateError, RmpSize, Validated, Vmpl};
+use secure::{Code, Pvalidate, PvalidateError, RmpSize, Validated, Vmpl};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
@@ -299,16 +299,17 @@ impl Space {
         let held = backing.lock(group);
         if size == RmpSize::M2 && !backing.oa(page).is_aligned(Lg2::M2.0) {
             // Such a page is mapped by 4 KiB and has small entries, so that is what the instruction would meet.
-            return Err(Some(PvalidateError::Fail(secure::Code::FailSizeMismatch)));
+            return Err(Some(PvalidateError::Fail(Code::FailSizeMismatch)));
         }
         let request = Pvalidate { asid: self.asid, vmpl: Vmpl::V0, gpa: span.start(), oa: backing.oa(page), size, validate };
-        let mut done = self.rmp.pvalidate(request);
+        let execute = || switch::retry(PvalidateError::Fail(Code::FailInUse), || self.rmp.pvalidate(request));
+        let mut done = execute();
         if let Err(PvalidateError::Npf(bits)) = done
             && bits & secure::npf::SIZEM != 0
             && smash_held(&self.rmp, &backing, group).is_ok()
         {
             self.counters.smashed.fetch_add(1, Ordering::Relaxed);
-            done = self.rmp.pvalidate(request);
+            done = execute();
         }
         let done = done?;
         let mut validated = self.validated();

@@ -7,9 +7,13 @@ use backing::Backing;
 use ioas::{Area, Pages};
 use iommu::SystemRmp;
 use secure::{Code, RmpSize, RmpState};
+use std::time::{Duration, Instant};
 
 const GROUP_LG2: u8 = 9;
+/// How often an instruction is executed again before the processor goes to somebody else in between.
 const TRIES: u32 = 64;
+/// How long one agent may keep an entry from everybody else.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Where a switch stopped.
 #[derive(Debug)]
@@ -94,14 +98,23 @@ fn update(rmp: &SystemRmp, oa: Oa, gpa: Gpa, size: RmpSize, to: Owner, asid: u32
     retry(Code::FailOverlap, || rmp.rmpupdate(oa, state))
 }
 
-fn retry(busy: Code, mut attempt: impl FnMut() -> Result<(), Code>) -> Result<(), Code> {
-    for _ in 1..TRIES {
+/// Again and again while another agent has the entry, as hosts do. Whoever that is may wait for a processor, so after a few tries it gets ours; a page
+/// is given up only when nothing has moved for [`PATIENCE`].
+pub(crate) fn retry<T, E: PartialEq>(busy: E, mut attempt: impl FnMut() -> Result<T, E>) -> Result<T, E> {
+    for _ in 0..TRIES {
         match attempt() {
             Err(code) if code == busy => std::hint::spin_loop(),
             done => return done,
         }
     }
-    attempt()
+    let started = Instant::now();
+    loop {
+        std::thread::yield_now();
+        match attempt() {
+            Err(code) if code == busy && started.elapsed() < PATIENCE => {}
+            done => return done,
+        }
+    }
 }
 
 /// Takes pages out of use for good.

@@ -9,11 +9,13 @@
 
 mod guest_dma;
 pub mod kvm;
+mod merger;
 mod requests;
 mod stage2;
 
 pub use convert::{AuditReport, Change, ConvertError, Difference, Owner, Policy, RecordedStage2, Stage, Stage2};
 pub use guest_dma::{Config, Error, GuestDma};
 pub use iommu::{Device, Dma, EngineDevice, Fault, Tdisp, Trust};
+pub use merger::{Merger, MergerStats, Pace};
 pub use requests::NO_UPDATE;
 pub use stage2::KvmStage2;

@@ -138,13 +138,18 @@ impl<W: Deref<Target = [AtomicU64]>> Rmp<W> {
 
     /// Ends [`Rmp::firmware_lock`].
     pub fn firmware_unlock(&self, oa: Oa) {
-        if let Ok((_, _, group)) = self.lock(oa, Code::FailBadAddr) {
-            group.set_q1(group.base, group.q1(group.base).with_lock(false));
+        // It must not stay locked because somebody else is at work there.
+        loop {
+            match self.lock(oa, Code::FailBadAddr, Code::FailInUse) {
+                Ok((_, _, group)) => return group.set_q1(group.base, group.q1(group.base).with_lock(false)),
+                Err(Code::FailInUse) => core::hint::spin_loop(),
+                Err(_) => return,
+            }
         }
     }
 
     fn lock_for_firmware(&self, oa: Oa) -> Result<(usize, Group<'_>), FirmwareError> {
-        let (_, page, group) = self.lock(oa, Code::FailBadAddr).map_err(|code| match code {
+        let (_, page, group) = self.lock(oa, Code::FailBadAddr, Code::FailInUse).map_err(|code| match code {
             Code::FailBadAddr => FirmwareError::NotCovered { at: oa },
             _ => FirmwareError::InUse { at: oa },
         })?;

@@ -23,7 +23,7 @@ impl<W: Deref<Target = [AtomicU64]>> Rmp<W> {
         if !oa.is_aligned(size.lg2()) || !gpa.is_aligned(size.lg2()) {
             return Err(PvalidateError::Fail(Code::FailInput));
         }
-        let (segment, page, group) = match self.lock(oa, Code::FailBadAddr) {
+        let (segment, page, group) = match self.lock(oa, Code::FailBadAddr, Code::FailInUse) {
             Ok(locked) => locked,
             Err(Code::FailBadAddr) => return Err(PvalidateError::Npf(NPF)),
             Err(code) => return Err(PvalidateError::Fail(code)),
@@ -59,7 +59,7 @@ impl<W: Deref<Target = [AtomicU64]>> Rmp<W> {
         if !oa.is_aligned(size.lg2()) || !gpa.is_aligned(size.lg2()) || set.perms.0 & !Perms::FULL.0 != 0 {
             return Err(RmpadjustError::Fail(Code::FailInput));
         }
-        let (segment, page, group) = match self.lock(oa, Code::FailBadAddr) {
+        let (segment, page, group) = match self.lock(oa, Code::FailBadAddr, Code::FailInUse) {
             Ok(locked) => locked,
             Err(Code::FailBadAddr) => return Err(RmpadjustError::Npf(NPF)),
             Err(code) => return Err(RmpadjustError::Fail(code)),

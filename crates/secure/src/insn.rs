@@ -18,13 +18,13 @@ impl<W: Deref<Target = [AtomicU64]>> Rmp<W> {
     ///
     /// # Errors
     /// In this order: `FailInput` for a malformed operand or an address that is not covered; `FailPermission` when the entry is
-    /// immutable; `FailInUse` when the page is in use, its entry is locked or another instruction works on the group for too long;
-    /// `FailOverlap` when an assigned entry of the other size (for 2 MiB also any HV-fixed page) is in the way or firmware has locked the range.
+    /// immutable; `FailInUse` when the page is in use or its entry is locked; `FailOverlap` when an assigned entry of the other size (for 2
+    /// MiB also any HV-fixed page) is in the way, firmware has locked the range, or another instruction works on the group for too long.
     #[inline]
     pub fn rmpupdate(&self, oa: Oa, new: RmpState) -> Result<(), Code> {
         sync::fail::step("secure.rmpupdate").map_err(|_| Code::FailInUse)?;
         let new_q1 = new.to_q1(oa)?;
-        let (_, page, mut group) = self.lock(oa, Code::FailInput)?;
+        let (_, page, mut group) = self.lock(oa, Code::FailInput, Code::FailOverlap)?;
         let old = group.q1(page);
         let base = group.q1(group.base);
         if old.immutable() {
@@ -66,13 +66,13 @@ impl<W: Deref<Target = [AtomicU64]>> Rmp<W> {
     ///
     /// # Errors
     /// `FailInput` when `oa` is not 2 MiB aligned; `FailBadAddr` when it is not covered; `FailInput` when there is no assigned 2 MiB entry;
-    /// `FailInUse` as for [`Rmp::rmpupdate`], and while firmware has locked the range.
+    /// `FailInUse` as for [`Rmp::rmpupdate`], while firmware has locked the range, and when another instruction works on the group for too long.
     pub fn psmash(&self, oa: Oa) -> Result<(), Code> {
         sync::fail::step("secure.psmash").map_err(|_| Code::FailInUse)?;
         if !oa.is_aligned(RmpSize::M2.lg2()) {
             return Err(Code::FailInput);
         }
-        let (_, page, group) = self.lock(oa, Code::FailBadAddr)?;
+        let (_, page, group) = self.lock(oa, Code::FailBadAddr, Code::FailInUse)?;
         let base = group.q1(page);
         if !is_huge(base) {
             return Err(Code::FailInput);

@@ -161,12 +161,12 @@ impl<W: Deref<Target = [AtomicU64]>> Rmp<W> {
         pages.get(place).is_some_and(|&page| page <= span.last())
     }
 
-    /// The segment of `oa`, its page index there and the right to write its group.
+    /// The segment of `oa`, its page index there and the right to write its group; `busy` when another instruction works on it for too long.
     #[inline]
-    pub(crate) fn lock(&self, oa: Oa, uncovered: Code) -> Result<(Segment<'_>, usize, Group<'_>), Code> {
+    pub(crate) fn lock(&self, oa: Oa, uncovered: Code, busy: Code) -> Result<(Segment<'_>, usize, Group<'_>), Code> {
         let segment = self.directory.find(oa).ok_or(uncovered)?;
         let page = segment.page(oa);
-        let group = segment.lock(page).ok_or(Code::FailInUse)?;
+        let group = segment.lock(page).ok_or(busy)?;
         Ok((segment, page, group))
     }
 }

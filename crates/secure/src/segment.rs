@@ -13,9 +13,10 @@ const LOCK: u64 = 1 << 63;
 pub(crate) const TOUCHED: u64 = 1 << 62;
 /// In a summary word: the number of assigned pages.
 pub(crate) const COUNT: u64 = (1 << 32) - 1;
-/// How often a writer looks at a lock before it gives up with FAIL_INUSE: some hundred milliseconds. A lock is held for less than a
-/// microsecond; longer only by a writer that lost its CPU, and without an operating system below nobody can sleep until it has it back.
-const SPINS: u32 = 1 << 22;
+/// How often a writer looks at a lock before it gives up and says so: a millisecond or a few. A lock is held for less than a microsecond; longer
+/// only by a writer that lost its CPU, and without an operating system below nobody can sleep until it has it back. Callers that have one
+/// give up the CPU and try again.
+const SPINS: u32 = 1 << 16;
 /// Pages in a group.
 pub(crate) const GROUP_PAGES: usize = 512;
 

@@ -10,7 +10,7 @@ use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 /// What private pages of the host's region hold, and nothing else ever does.
-const SECRET: u64 = 0x5345_4352_4554_2021;
+pub(crate) const SECRET: u64 = 0x5345_4352_4554_2021;
 
 /// The host's part of guest memory. Even blocks of 16 pages convert, odd ones stay shared.
 #[derive(Clone, Debug)]
