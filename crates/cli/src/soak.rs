@@ -92,7 +92,7 @@ fn scene(options: &SoakArgs, number: u64, left: Duration) -> RunArgs {
         policy: if random.u8(..3) == 0 { Policy::SharedOnly } else { Policy::Mirror },
         format: formats[random.usize(..formats.len())],
         // In turns: leaves are cut and merged with the first, and RMP groups shared by strangers with the second.
-        frames: if number % 2 == 0 { FramesArg::Contiguous } else { FramesArg::Scattered },
+        frames: if number.is_multiple_of(2) { FramesArg::Contiguous } else { FramesArg::Scattered },
         vm: options.vm,
         json: true,
         plant: None,
