@@ -36,7 +36,7 @@ pub(crate) fn grow<F: Format, W: Walker>(walker: W, what: &str) {
     let mut rig = Rig::<F, W>::new(walker, what, 0, SizeSet::ALL);
     let mut mapped = Vec::new();
     for level in 0..=F::MAX_LEVEL {
-        let span = Span::block(F::reach(level).align_down(12), 12);
+        let span = Span::block(Iova::new(F::reach(level).get() / 2 + 1), 12);
         let oa = rig.oa_for(Lg2(12));
         rig.map(span, oa, Perm::RW, SizeSet::ALL);
         assert_eq!(rig.table.root().1, level, "{}: {span} takes a top of that level", rig.name);
@@ -86,6 +86,7 @@ impl<F: Format, W: Walker> Rig<F, W> {
         self.beside(span);
         self.unmap(span);
         self.probe_all(&points, oa, span);
+        self.clear();
     }
 
     /// A leaf loses a piece, gets another in its place, then the old one again, and becomes whole.
@@ -122,8 +123,8 @@ impl<F: Format, W: Walker> Rig<F, W> {
         self.map(piece, was, Perm::RW, SizeSet::ALL);
         self.dirty([piece.start(), inside].into_iter());
         self.merge(span);
-        // A leaf over several slots of a size that no leaf has comes back as several.
-        if self.sizes.has(Lg2(F::item_lg2(F::level_of(size)))) {
+        // Where the pieces are in tables whose whole span is of a size that no leaf has, they stay apart.
+        if (F::level_of(Lg2(piece_lg2)) + 1..=F::level_of(size)).all(|level| self.sizes.has(Lg2(F::item_lg2(level)))) {
             let leaf = self.table.walk(inside);
             assert_eq!(leaf.map(|leaf| (leaf.span(), leaf.oa)), Some((span, oa)), "{}: {span} is whole again", self.name);
         }
@@ -133,7 +134,7 @@ impl<F: Format, W: Walker> Rig<F, W> {
 
         self.unmap(span);
         self.probe_all(&points, oa, span);
-        assert_eq!(self.table.walk(inside), None);
+        self.clear();
     }
 
     /// Maps, unmaps, cuts and merges at random, with a look at the borders of what was edited and at what is elsewhere.
@@ -256,11 +257,13 @@ impl<F: Format, W: Walker> Rig<F, W> {
         window.start().plus(self.random.u64(..window.len())).align_down(size.0)
     }
 
-    /// Places in a leaf to be tried: the first, the last and a middle one of what leads to each window.
+    /// Places in a leaf to be tried: the first, the last and a middle one of what leads to a window, of two windows at most.
     fn points(&mut self, span: Span<Iova>, oa: Oa) -> Vec<Iova> {
         let whole = Span::of(oa, oa.plus(span.last_offset()));
+        let mut parts = W::BOARD.windows().filter_map(|window| window.intersect(whole)).collect::<Vec<_>>();
+        self.random.shuffle(&mut parts);
         let mut points = Vec::new();
-        for part in W::BOARD.windows().filter_map(|window| window.intersect(whole)) {
+        for part in parts.into_iter().take(2) {
             let at = |inside: u64| span.start().plus(part.start().offset_from(oa) + inside);
             points.extend([at(0), at(part.len() - LEN), at(self.random.u64(..=part.len() - LEN))]);
         }

@@ -1,6 +1,7 @@
 //! A
 #![cfg(not(loom))]
 
+mod amdvi;
 mod board;
 mod device;
 mod drive;
@@ -12,8 +13,9 @@ mod rig;
 mod vtd;
 mod walker;
 
-use drive::run;
-use lockstep_pt::{Config, Format, VtdSs, X86_64};
+use amdvi::AmdVi;
+use drive::{grow, run};
+use lockstep_pt::{AmdV1, AmdV1Coherent, Config, Format, VtdSs, X86_64};
 use std::io::Write;
 use vtd::{Mode, Vtd};
 
@@ -62,5 +64,22 @@ fn vtd_first_stage() {
         for config in X86_64::<4>::CONFIGS {
             run::<X86_64<4>, _>(Vtd::new(Mode::ScalableFirst, 48), "VT-d first stage", *config);
         }
+    }
+}
+
+#[test]
+fn amdvi() {
+    if found("amdvi", board::PC.program, "amd-iommu", Some("pt")) {
+        for config in AmdV1::CONFIGS {
+            run::<AmdV1, _>(AmdVi::default(), "AMD-Vi", *config);
+        }
+        run::<AmdV1Coherent, _>(AmdVi::default(), "AMD-Vi", largest::<AmdV1Coherent>());
+    }
+}
+
+#[test]
+fn amdvi_grows() {
+    if found("amdvi_grows", board::PC.program, "amd-iommu", Some("pt")) {
+        grow::<AmdV1, _>(AmdVi::default(), "AMD-Vi");
     }
 }

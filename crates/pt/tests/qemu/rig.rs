@@ -89,6 +89,14 @@ impl<F: Format, W: Walker> Rig<F, W> {
         self.finish(gather);
     }
 
+    /// Unmaps all but the mailbox, and with it gives back tables that earlier unmaps have left empty.
+    pub(crate) fn clear(&mut self) {
+        let mailbox = Span::from_len(MAILBOX, MAILBOX_BYTES).unwrap();
+        for part in Span::of(Iova::new(0), self.last()).without(mailbox).into_iter().flatten() {
+            self.unmap(part);
+        }
+    }
+
     /// Unmaps without any invalidation, for those who want to see what a model caches.
     pub(crate) fn unmap_and_leave_cached(&mut self, span: Span<Iova>) {
         let mut gather = Gather::new();
