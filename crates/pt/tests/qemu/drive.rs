@@ -9,6 +9,8 @@ use addr::{Address, Iova, Lg2, Oa, SizeSet, Span};
 use lockstep_pt::{Config, Format, Perm};
 
 const HISTORY: usize = 120;
+/// More leaf sizes than this are too many to try each in every configuration.
+const MANY: usize = 12;
 /// A history plays in this much, or in the half of a smaller tree.
 const STAGE_LG2: u8 = 30;
 /// The longest span of a history: half of a window of memory.
@@ -20,9 +22,15 @@ pub(crate) fn run<F: Format, W: Walker>(walker: W, what: &str, config: Config) {
     let mut rig = Rig::<F, W>::new(walker, &name, config.start_level, config.sizes);
     rig.stale();
     let sizes = (0..64).map(Lg2).filter(|size| rig.sizes.has(*size) && F::level_of(*size) <= config.start_level);
-    for size in sizes.collect::<Vec<_>>() {
-        for perm in F::PERMS.iter() {
-            rig.one_leaf(size, perm);
+    let sizes = sizes.collect::<Vec<_>>();
+    // Of many sizes, half of those over several slots: the others in the trees that are one level higher or lower.
+    let many = sizes.len() > MANY;
+    let wanted = |size: &Lg2| !many || size.0 == F::item_lg2(F::level_of(*size)) || size.0 % 2 == config.start_level % 2;
+    for (index, size) in sizes.into_iter().filter(wanted).enumerate() {
+        for (other, perm) in F::PERMS.iter().enumerate() {
+            if !many || perm == Perm::RW || index % 3 == other {
+                rig.one_leaf(size, perm);
+            }
         }
         rig.cut_and_merge(size);
     }
@@ -81,8 +89,9 @@ impl<F: Format, W: Walker> Rig<F, W> {
         let points = self.points(span, oa);
         assert!(!points.is_empty(), "{}: no byte of {span} leads to memory", self.name);
         self.probe_all(&points, oa, span);
-        self.dirty(points.iter().copied());
-        self.probe_all(&points, oa, span);
+        if self.dirty(points.iter().copied()) {
+            self.probe_all(&points, oa, span);
+        }
         self.beside(span);
         self.unmap(span);
         self.probe_all(&points, oa, span);

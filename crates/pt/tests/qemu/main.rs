@@ -10,12 +10,16 @@ mod mirror;
 mod probe;
 mod qtest;
 mod rig;
+mod riscv;
+mod smmu;
 mod vtd;
 mod walker;
 
 use amdvi::AmdVi;
 use drive::{grow, run};
-use lockstep_pt::{AmdV1, AmdV1Coherent, Config, Format, VtdSs, X86_64};
+use lockstep_pt::{AmdV1, AmdV1Coherent, Armv8S2, Config, Format, RiscV, VtdSs, X86_64};
+use riscv::RiscVIommu;
+use smmu::Smmu;
 use std::io::Write;
 use vtd::{Mode, Vtd};
 
@@ -81,5 +85,26 @@ fn amdvi() {
 fn amdvi_grows() {
     if found("amdvi_grows", board::PC.program, "amd-iommu", Some("pt")) {
         grow::<AmdV1, _>(AmdVi::default(), "AMD-Vi");
+    }
+}
+
+#[test]
+fn riscv() {
+    if found("riscv", board::RISCV.program, "riscv-iommu-pci", None) {
+        run::<RiscV<3>, _>(RiscVIommu::default(), "RISC-V IOMMU", largest::<RiscV<3>>());
+        run::<RiscV<4>, _>(RiscVIommu::default(), "RISC-V IOMMU", largest::<RiscV<4>>());
+        run::<RiscV<5>, _>(RiscVIommu::default(), "RISC-V IOMMU", largest::<RiscV<5>>());
+    }
+}
+
+#[test]
+fn smmu() {
+    if found("smmu", board::ARM.program, "arm-smmuv3", Some("stage")) {
+        for config in Armv8S2::<4, false>::CONFIGS {
+            run::<Armv8S2<4, false>, _>(Smmu::default(), "SMMUv3", *config);
+        }
+        run::<Armv8S2<4, true>, _>(Smmu::default(), "SMMUv3", largest::<Armv8S2<4, true>>());
+        run::<Armv8S2<3, false>, _>(Smmu::default(), "SMMUv3", largest::<Armv8S2<3, false>>());
+        run::<Armv8S2<3, true>, _>(Smmu::default(), "SMMUv3", largest::<Armv8S2<3, true>>());
     }
 }

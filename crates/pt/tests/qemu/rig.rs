@@ -126,16 +126,20 @@ impl<F: Format, W: Walker> Rig<F, W> {
         mirror.push(&mut device.qtest);
     }
 
-    /// For a model that allows writes through leaves that are dirty already, and those alone: makes the leaves at `places` so.
-    pub(crate) fn dirty(&mut self, places: impl Iterator<Item = Iova>) {
+    /// For a model that allows writes through leaves that are dirty already, and those alone: makes the leaves at `places` so. Answers
+    /// whether there were any.
+    pub(crate) fn dirty(&mut self, places: impl Iterator<Item = Iova>) -> bool {
+        let mut any = false;
         for iova in places {
             let Some(leaf) = self.table.walk(iova) else { continue };
             if leaf.perm != self.device.walker.allows(&leaf) && self.table.mark_dirty(iova) {
                 self.mirror.push(&mut self.device.qtest);
                 // The model may have cached the leaf as read-only.
                 self.device.forget(leaf.span());
+                any = true;
             }
         }
+        any
     }
 
     /// Nobody but us has changed the tables.
