@@ -3,7 +3,7 @@
 
 use crate::board::{Board, PC, PC_MACHINE};
 use crate::qtest::Qtest;
-use crate::walker::{Fault, Invalidates, Records, Walker};
+use crate::walker::{Fault, Invalidates, Walker};
 use addr::{Iova, Oa, Span};
 
 const REGISTERS: u64 = 0xfed8_0000;
@@ -74,7 +74,7 @@ impl Walker for AmdVi {
     const DEVFN: u8 = 0x80;
     const ASIDE: Option<(u64, u64)> = Some((0xfee0_0000, 0xfeef_ffff));
     const REFUSES_ABOVE: bool = false;
-    const RECORDS: Records = Records::Nothing;
+    const RECORDS: bool = false;
     const INVALIDATES: Invalidates = Invalidates::TheDomain;
 
     fn args(&self) -> Vec<String> {

@@ -17,15 +17,16 @@ const TABLES: usize = 256;
 pub(crate) struct Tally {
     pub(crate) allowed: u64,
     pub(crate) refused: u64,
-    pub(crate) faults: u64,
+    /// Accesses that the model has a record of.
+    pub(crate) recorded: u64,
     /// Sizes of the leaves that were accessed through.
     pub(crate) sizes: BTreeSet<u8>,
 }
 
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { allowed, refused, faults, sizes } = self;
-        write!(f, "{allowed} accesses translated, {refused} refused ({faults} of them recorded); leaves of 2^{sizes:?}")
+        let Self { allowed, refused, recorded, sizes } = self;
+        write!(f, "{allowed} accesses translated, {refused} refused; {recorded} accesses with a fault on record; leaves of 2^{sizes:?}")
     }
 }
 

@@ -3,7 +3,7 @@
 
 use crate::board::{Board, RISCV};
 use crate::qtest::Qtest;
-use crate::walker::{Fault, Invalidates, Records, Walker, blocks};
+use crate::walker::{Fault, Invalidates, Walker, blocks};
 use addr::{Iova, Oa, PAGE_LG2, SizeSet, Span};
 
 /// The IOMMU is a PCI device itself.
@@ -57,7 +57,6 @@ impl Walker for RiscVIommu {
     const BOARD: &'static Board = &RISCV;
     /// All but Svnapot's.
     const SIZES: SizeSet = SizeSet(!(1 << 16));
-    const RECORDS: Records = Records::Walks;
     const INVALIDATES: Invalidates = Invalidates::TheSpan;
 
     fn args(&self) -> Vec<String> {

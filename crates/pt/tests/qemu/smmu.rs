@@ -3,7 +3,7 @@
 
 use crate::board::{ARM, Board};
 use crate::qtest::Qtest;
-use crate::walker::{Fault, Invalidates, Records, Walker, blocks};
+use crate::walker::{Fault, Invalidates, Walker, blocks};
 use addr::{Iova, Oa, Span};
 use lockstep_pt::{Leaf, Perm};
 
@@ -66,7 +66,6 @@ impl Smmu {
 
 impl Walker for Smmu {
     const BOARD: &'static Board = &ARM;
-    const RECORDS: Records = Records::All;
     const INVALIDATES: Invalidates = Invalidates::TheSpan;
 
     fn args(&self) -> Vec<String> {

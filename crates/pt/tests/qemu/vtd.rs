@@ -3,7 +3,7 @@
 
 use crate::board::{Board, PC, PC_MACHINE};
 use crate::qtest::Qtest;
-use crate::walker::{Fault, Invalidates, Records, Walker, blocks};
+use crate::walker::{Fault, Invalidates, Walker, blocks};
 use addr::{Iova, Oa, Span};
 
 const REGISTERS: u64 = 0xfed9_0000;
@@ -92,7 +92,6 @@ impl Vtd {
 impl Walker for Vtd {
     const BOARD: &'static Board = &PC;
     const ASIDE: Option<(u64, u64)> = Some((0xfee0_0000, 0xfeef_ffff));
-    const RECORDS: Records = Records::Walks;
     const INVALIDATES: Invalidates = Invalidates::TheSpan;
 
     fn args(&self) -> Vec<String> {

@@ -15,17 +15,6 @@ pub(crate) struct Fault {
     pub(crate) write: Option<bool>,
 }
 
-/// Which refusals a model records.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Records {
-    /// None.
-    Nothing,
-    /// Those of a walk. An access that a cached translation does not allow is refused without a record.
-    Walks,
-    /// Every one.
-    All,
-}
-
 /// How far an invalidation reaches in a model.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Invalidates {
@@ -47,7 +36,8 @@ pub(crate) trait Walker {
     const ASIDE: Option<(u64, u64)> = None;
     /// Whether it refuses what is above the width of the tables.
     const REFUSES_ABOVE: bool = true;
-    const RECORDS: Records;
+    /// Whether it records what a walk refuses. What a cached translation does not allow is refused without a record in all of them.
+    const RECORDS: bool = true;
     const INVALIDATES: Invalidates;
 
     /// What QEMU is told about the machine and the IOMMU.
