@@ -3,9 +3,13 @@
 
 use crate::edu::Edu;
 use crate::qtest::Qtest;
-use crate::walker::Walker;
+use crate::walker::{Fault, Walker};
 use addr::{Address, Iova, Oa, Span};
 
+/// Bytes of one access.
+pub(crate) const LEN: usize = 64;
+/// Accesses that go through the mailbox together.
+pub(crate) const TOGETHER: usize = 32;
 /// Low enough for the smallest tree.
 pub(crate) const MAILBOX: Iova = Iova::new(0x1f_e000);
 pub(crate) const MAILBOX_BYTES: u64 = 0x2000;
@@ -35,24 +39,35 @@ impl<W: Walker> Device<W> {
         Self { qtest, walker, edu }
     }
 
-    /// What the device reads from `iova` on.
-    pub(crate) fn read(&mut self, iova: Iova, len: usize) -> Vec<u8> {
+    /// What the device reads at each of up to [`TOGETHER`] places, and what the model has to say to it.
+    pub(crate) fn read(&mut self, places: &[Iova]) -> Vec<([u8; LEN], Vec<Fault>)> {
         let (handed, back) = (W::BOARD.mailbox(), W::BOARD.mailbox().plus(BACK));
-        self.qtest.write(handed.get(), &vec![UNTOUCHED; len]);
-        self.qtest.write(back.get(), &vec![LOST; len]);
-        self.edu.read(&mut self.qtest, MAILBOX.get(), len);
-        self.edu.read(&mut self.qtest, iova.get(), len);
-        self.edu.write(&mut self.qtest, MAILBOX.plus(BACK).get(), len);
-        let bytes = self.qtest.read(back.get(), len);
-        assert!(bytes != vec![LOST; len], "nothing came through the mailbox at {MAILBOX}; read of {iova}");
-        bytes
+        let all = places.len() * LEN;
+        self.qtest.write(handed.get(), &vec![UNTOUCHED; all]);
+        self.qtest.write(back.get(), &vec![LOST; all]);
+        self.edu.read(&mut self.qtest, MAILBOX.get(), 0, all);
+        let mut faults = Vec::new();
+        for (index, iova) in places.iter().enumerate() {
+            self.edu.read(&mut self.qtest, iova.get(), index * LEN, LEN);
+            faults.push(self.walker.faults(&mut self.qtest));
+        }
+        self.edu.write(&mut self.qtest, MAILBOX.plus(BACK).get(), 0, all);
+        let bytes = self.qtest.read(back.get(), all);
+        assert!(bytes != vec![LOST; all], "nothing came through the mailbox at {MAILBOX}; reads of {places:?}");
+        bytes.as_chunks().0.iter().copied().zip(faults).collect()
     }
 
-    /// The device writes `bytes` from `iova` on.
-    pub(crate) fn write(&mut self, iova: Iova, bytes: &[u8]) {
-        self.qtest.write(W::BOARD.mailbox().get(), bytes);
-        self.edu.read(&mut self.qtest, MAILBOX.get(), bytes.len());
-        self.edu.write(&mut self.qtest, iova.get(), bytes.len());
+    /// The device writes to each of up to [`TOGETHER`] places; what the model has to say to it.
+    pub(crate) fn write(&mut self, places: &[(Iova, [u8; LEN])]) -> Vec<Vec<Fault>> {
+        let bytes = places.iter().flat_map(|(_, bytes)| *bytes).collect::<Vec<_>>();
+        self.qtest.write(W::BOARD.mailbox().get(), &bytes);
+        self.edu.read(&mut self.qtest, MAILBOX.get(), 0, bytes.len());
+        let mut faults = Vec::new();
+        for (index, (iova, _)) in places.iter().enumerate() {
+            self.edu.write(&mut self.qtest, iova.get(), index * LEN, LEN);
+            faults.push(self.walker.faults(&mut self.qtest));
+        }
+        faults
     }
 
     /// Invalidates.

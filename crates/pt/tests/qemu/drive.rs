@@ -1,14 +1,15 @@
 //! What is done with a tree while the model walks it: leaves of every size and permission, each cut, unmapped in part, mapped again, merged
 //! and unmapped; then a random history in which leaves of all sizes lie side by side.
 
-use crate::device::{MAILBOX, MAILBOX_BYTES};
-use crate::probe::LEN;
+use crate::device::{LEN, MAILBOX, MAILBOX_BYTES};
+use crate::probe::Place;
 use crate::rig::Rig;
 use crate::walker::{Invalidates, Walker};
 use addr::{Address, Iova, Lg2, Oa, SizeSet, Span};
 use lockstep_pt::{Config, Format, Perm};
 
 const HISTORY: usize = 120;
+const BYTES: u64 = LEN as u64;
 /// More leaf sizes than this are too many to try each in every configuration.
 const MANY: usize = 12;
 /// A history plays in this much, or in the half of a smaller tree.
@@ -48,11 +49,8 @@ pub(crate) fn grow<F: Format, W: Walker>(walker: W, what: &str) {
         let oa = rig.oa_for(Lg2(12));
         rig.map(span, oa, Perm::RW, SizeSet::ALL);
         assert_eq!(rig.table.root().1, level, "{}: {span} takes a top of that level", rig.name);
-        mapped.push(span);
-        for span in &mapped {
-            rig.probe(span.start());
-            rig.probe(Iova::new(span.last().get() - (LEN - 1)));
-        }
+        mapped.extend([span.start(), Iova::new(span.last().get() - (BYTES - 1)), Iova::new(span.start().get() - BYTES)]);
+        rig.probe(&places(&mapped));
     }
     rig.check_tables();
     println!("{}, grown from level 0 to {}: {}", rig.name, F::MAX_LEVEL, rig.tally);
@@ -65,20 +63,19 @@ impl<F: Format, W: Walker> Rig<F, W> {
         let oa = self.oa_for(Lg2(12));
         self.map(page, oa, Perm::RW, SizeSet::ALL);
         self.dirty([page.start()].into_iter());
-        self.probe(page.start());
+        self.probe(&places(&[page.start()]));
         self.unmap_and_leave_cached(page);
-        let bytes = self.name.bytes().cycle().take(16).collect::<Vec<_>>();
+        let bytes = std::array::from_fn::<u8, LEN, _>(|at| at as u8);
         self.device.qtest.write(oa.get(), &bytes);
-        let stale = |rig: &mut Self| rig.device.read(page.start(), 16) == bytes;
+        let stale = |rig: &mut Self| rig.device.read(&[page.start()])[0].0 == bytes;
         assert!(stale(self), "{}: the model does not cache translations", self.name);
         if other != page {
             self.device.forget(other);
             let exact = stale(self);
             assert_eq!(exact, W::INVALIDATES == Invalidates::TheSpan, "{}: how far does an invalidation reach?", self.name);
         }
-        self.device.walker.faults(&mut self.device.qtest);
         self.device.forget(page);
-        self.probe_after(page.start(), Some(oa));
+        self.probe(&[Place { iova: page.start(), was: Some(oa) }]);
     }
 
     fn one_leaf(&mut self, size: Lg2, perm: Perm) {
@@ -182,12 +179,12 @@ impl<F: Format, W: Walker> Rig<F, W> {
             }
             edited.push(span);
             self.around(span);
-            for _ in 0..3 {
+            let elsewhere = std::array::from_fn::<_, 3, _>(|_| {
                 let span = edited[self.random.usize(..edited.len())];
-                let at = span.start().plus(self.random.u64(..span.len() - LEN));
-                self.dirty([at].into_iter());
-                self.probe(at);
-            }
+                span.start().plus(self.random.u64(..span.len() - BYTES))
+            });
+            self.dirty(elsewhere.into_iter());
+            self.probe(&places(&elsewhere));
         }
         self.cut(stage);
         self.unmap(stage);
@@ -213,31 +210,22 @@ impl<F: Format, W: Walker> Rig<F, W> {
     /// Both sides of both borders, and across them.
     fn around(&mut self, span: Span<Iova>) {
         let (start, last) = (span.start().get(), span.last().get());
-        let before = [LEN / 2, LEN].map(|back| start.checked_sub(back));
-        let after = [Some(start), Some(last - (LEN - 1)), Some(last - (LEN / 2 - 1)), last.checked_add(1)];
-        for at in before.into_iter().chain(after).flatten() {
-            self.probe(Iova::new(at));
-        }
+        let before = [BYTES / 2, BYTES].map(|back| start.checked_sub(back));
+        let after = [Some(start), Some(last - (BYTES - 1)), Some(last - (BYTES / 2 - 1)), last.checked_add(1)];
+        self.probe(&places(&before.into_iter().chain(after).flatten().map(Iova::new).collect::<Vec<_>>()));
     }
 
-    /// Next to a leaf, where nothing is mapped.
+    /// Next to a leaf, where nothing is mapped, and above the tree.
     fn beside(&mut self, span: Span<Iova>) {
         self.around(span);
-        for _ in 0..2 {
-            let at = Iova::new(self.random.u64(..self.last().get() - LEN));
-            if self.table.walk(at).is_none() {
-                self.probe(at);
-            }
-        }
-        if let Some(above) = self.last().checked_add(1 + (self.random.u64(..1 << 10) << 12)).filter(|_| W::REFUSES_ABOVE) {
-            self.probe(above);
-        }
+        let elsewhere = Iova::new(self.random.u64(..self.last().get() - BYTES));
+        let above = self.last().checked_add(1 + (self.random.u64(..1 << 10) << 12));
+        self.probe(&places(&[Some(elsewhere), above].into_iter().flatten().collect::<Vec<_>>()));
     }
 
     fn probe_all(&mut self, points: &[Iova], oa: Oa, span: Span<Iova>) {
-        for at in points {
-            self.probe_after(*at, Some(oa.plus(at.offset_from(span.start()))));
-        }
+        let place = |iova: &Iova| Place { iova: *iova, was: Some(oa.plus(iova.offset_from(span.start()))) };
+        self.probe(&points.iter().map(place).collect::<Vec<_>>());
     }
 
     /// A free span of `size`, anywhere in the tree, as low and as high as it goes.
@@ -274,8 +262,12 @@ impl<F: Format, W: Walker> Rig<F, W> {
         let mut points = Vec::new();
         for part in parts.into_iter().take(2) {
             let at = |inside: u64| span.start().plus(part.start().offset_from(oa) + inside);
-            points.extend([at(0), at(part.len() - LEN), at(self.random.u64(..=part.len() - LEN))]);
+            points.extend([at(0), at(part.len() - BYTES), at(self.random.u64(..=part.len() - BYTES))]);
         }
         points
     }
+}
+
+fn places(iovas: &[Iova]) -> Vec<Place> {
+    iovas.iter().map(|iova| Place { iova: *iova, was: None }).collect()
 }

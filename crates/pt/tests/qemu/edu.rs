@@ -32,14 +32,14 @@ impl Edu {
         Self { registers }
     }
 
-    /// The device reads memory into its buffer.
-    pub(crate) fn read(&self, qtest: &mut Qtest, from: u64, len: usize) {
-        self.transfer(qtest, from, BUFFER, len, START);
+    /// The device reads memory to `place` in its buffer.
+    pub(crate) fn read(&self, qtest: &mut Qtest, from: u64, place: usize, len: usize) {
+        self.transfer(qtest, from, BUFFER + place as u64, len, START);
     }
 
-    /// The device writes the start of its buffer to memory.
-    pub(crate) fn write(&self, qtest: &mut Qtest, to: u64, len: usize) {
-        self.transfer(qtest, BUFFER, to, len, START | TO_MEMORY);
+    /// The device writes to memory what is at `place` in its buffer.
+    pub(crate) fn write(&self, qtest: &mut Qtest, to: u64, place: usize, len: usize) {
+        self.transfer(qtest, BUFFER + place as u64, to, len, START | TO_MEMORY);
     }
 
     fn transfer(&self, qtest: &mut Qtest, from: u64, to: u64, len: usize, command: u64) {

@@ -27,20 +27,26 @@ impl Mirror {
         self.arena.peek(self.base.plus(index as u64 * 8)).unwrap_or_else(|| panic!("word {index} is outside the arena"))
     }
 
-    /// Writes what has changed.
+    /// Writes what has changed, of the tables that are in the tree or about to be. A table that was taken out keeps in RAM what it held: a
+    /// walker that still goes there is seen.
     pub(crate) fn push(&mut self, qtest: &mut Qtest) {
-        let mut index = 0;
-        while index < self.there.len() {
-            if self.word(index) == self.there[index] {
-                index += 1;
+        for table in 0..self.arena.capacity() as usize {
+            if !self.arena.is_taken(self.base.plus((table * TABLE * 8) as u64)) {
                 continue;
             }
-            let first = index;
-            while index < self.there.len() && index - first < TABLE && self.word(index) != self.there[index] {
-                self.there[index] = self.word(index);
-                index += 1;
+            let (mut index, end) = (table * TABLE, (table + 1) * TABLE);
+            while index < end {
+                let first = index;
+                while index < end && self.word(index) != self.there[index] {
+                    self.there[index] = self.word(index);
+                    index += 1;
+                }
+                if index == first {
+                    index += 1;
+                } else {
+                    qtest.write_words(self.base.plus(first as u64 * 8).get(), &self.there[first..index]);
+                }
             }
-            qtest.write_words(self.base.plus(first as u64 * 8).get(), &self.there[first..index]);
         }
     }
 

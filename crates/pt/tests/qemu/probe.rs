@@ -1,16 +1,22 @@
-//! One access of the device, held against what [`lockstep_pt::Table::walk`] says: a read brings the bytes of the output address, a write
-//! arrives there, and what is refused moves nothing.
+//! Accesses of the device, held against what [`lockstep_pt::Table::walk`] says: a read brings the bytes of the output address, a write arrives
+//! there, and what is refused moves nothing.
 //!
-//! Each word that is tested with holds its own output address and a number of the access, so that a wrong answer says where it is from.
+//! Each word that is tested with holds its own address and a number, so that a wrong answer says where it is from.
 
-use crate::device::is_nothing;
+use crate::device::{LEN, TOGETHER, is_nothing};
 use crate::rig::Rig;
-use crate::walker::Walker;
+use crate::walker::{Fault, Walker};
 use addr::{Address, Iova, Oa, Span};
 use lockstep_pt::{Format, Leaf, Perm};
+use std::collections::BTreeMap;
 
-/// Bytes of one access.
-pub(crate) const LEN: u64 = 64;
+/// A place to be tried.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place {
+    pub(crate) iova: Iova,
+    /// Where it led before, when that is known.
+    pub(crate) was: Option<Oa>,
+}
 
 /// The part of an access that lies in one page.
 struct Piece {
@@ -19,77 +25,80 @@ struct Piece {
     allowed: bool,
 }
 
-impl Piece {
-    fn oa(&self) -> Option<Span<Oa>> {
-        let leaf = self.leaf?;
-        Some(Span::of(leaf.oa_of(self.span.start()), leaf.oa_of(self.span.last())))
-    }
+/// An access.
+struct Access {
+    place: Place,
+    wanted: Perm,
+    pieces: Vec<Piece>,
 }
 
+/// Bytes of memory that were written and are to be found again.
+#[derive(Default)]
+struct Memory(BTreeMap<u64, u8>);
+
 impl<F: Format, W: Walker> Rig<F, W> {
-    /// Reads and writes at `iova`.
-    pub(crate) fn probe(&mut self, iova: Iova) {
-        self.probe_after(iova, None);
-    }
-
-    /// The same; `was` is an output address that `iova` had before.
-    pub(crate) fn probe_after(&mut self, iova: Iova, was: Option<Oa>) {
-        for wanted in [Perm::READ, Perm::WRITE] {
-            self.access(iova, wanted, was);
+    /// Reads at each place, then writes.
+    pub(crate) fn probe(&mut self, places: &[Place]) {
+        for places in places.chunks(TOGETHER) {
+            for wanted in [Perm::READ, Perm::WRITE] {
+                let accesses = places.iter().filter_map(|place| self.access(*place, wanted)).collect::<Vec<_>>();
+                if accesses.is_empty() {
+                    continue;
+                }
+                self.tally.count(accesses.iter().flat_map(|access| &access.pieces).map(|piece| piece.leaf.filter(|_| piece.allowed)));
+                let number = (self.tally.allowed + self.tally.refused) << 48;
+                let mut memory = Memory::default();
+                for oa in accesses.iter().flat_map(|access| access.memory::<W>()) {
+                    let bytes = own_bytes(oa.start().get(), oa.len(), number);
+                    self.device.qtest.write(oa.start().get(), &bytes);
+                    memory.put(oa, &bytes);
+                }
+                if wanted == Perm::READ { self.reads(&accesses, &memory) } else { self.writes(&accesses, memory, !number) }
+            }
         }
     }
 
-    fn access(&mut self, iova: Iova, wanted: Perm, was: Option<Oa>) {
-        let Some(span) = iova.checked_add(LEN - 1).map(|last| Span::of(iova, last)) else { return };
-        let Some(pieces) = self.pieces(span, wanted) else { return };
-        self.tally.allowed += pieces.iter().filter(|piece| piece.allowed).count() as u64;
-        self.tally.refused += pieces.iter().filter(|piece| !piece.allowed).count() as u64;
-        self.tally.sizes.extend(pieces.iter().filter(|piece| piece.allowed).filter_map(|piece| Some(piece.leaf?.size.0)));
-        let number = (self.tally.allowed + self.tally.refused) << 48;
-
-        // Where the bytes must not come from or go to: where they once did, and where they would without an IOMMU.
-        let watched = pieces.iter().all(|piece| piece.leaf.is_none()).then_some([was, Some(Oa::new(iova.get()))]);
-        let watched = watched.iter().flatten().flatten().map(|oa| Span::from_len(*oa, LEN).unwrap()).filter(|oa| W::BOARD.has(*oa));
-        let memory = pieces.iter().filter_map(Piece::oa).chain(watched).collect::<Vec<_>>();
-        for oa in &memory {
-            self.device.qtest.write(oa.start().get(), &own_bytes(*oa, number));
-        }
-        if wanted == Perm::READ {
-            let bytes = self.device.read(iova, LEN as usize);
-            for piece in &pieces {
-                let at = piece.span.start().offset_from(iova) as usize;
-                let seen = &bytes[at..at + piece.span.len() as usize];
+    fn reads(&mut self, accesses: &[Access], memory: &Memory) {
+        let places = accesses.iter().map(|access| access.place.iova).collect::<Vec<_>>();
+        for (access, (bytes, faults)) in accesses.iter().zip(self.device.read(&places)) {
+            for piece in &access.pieces {
+                let seen = &bytes[access.inside(piece)];
                 let right = match piece.oa().filter(|_| piece.allowed) {
-                    Some(oa) => seen == own_bytes(oa, number),
+                    Some(oa) => seen == memory.get(oa),
                     None => is_nothing(seen),
                 };
                 if !right {
-                    self.fail(piece, wanted, was, &format!("the device reads {seen:02x?}, {}", origin(seen)));
+                    self.fail(access, piece, &format!("the device reads {}", said(seen)));
                 }
             }
-        } else {
-            let bytes = own_bytes(span.onto(Oa::new(0)), !number);
-            self.device.write(iova, &bytes);
-            for piece in &pieces {
-                let at = piece.span.start().offset_from(iova) as usize;
-                let Some(oa) = piece.oa() else { continue };
-                let seen = self.device.qtest.read(oa.start().get(), oa.len() as usize);
-                let right = if piece.allowed { bytes[at..at + seen.len()].to_vec() } else { own_bytes(oa, number) };
-                if seen != right {
-                    self.fail(piece, wanted, was, &format!("in memory at {oa} is then {seen:02x?}, and should be {right:02x?}"));
-                }
-            }
-            for oa in memory.iter().filter(|_| pieces.iter().all(|piece| piece.leaf.is_none())) {
-                if self.device.qtest.read(oa.start().get(), oa.len() as usize) != own_bytes(*oa, number) {
-                    self.fail(&pieces[0], wanted, was, &format!("the write arrives at {oa}"));
-                }
-            }
+            self.check_faults(access, &faults);
         }
-        self.check_faults(&pieces, wanted, was);
     }
 
-    /// The pages of an access; `None` when it cannot be tried: where it ends outside the windows, or does not reach the walker.
-    fn pieces(&self, span: Span<Iova>, wanted: Perm) -> Option<Vec<Piece>> {
+    fn writes(&mut self, accesses: &[Access], mut memory: Memory, number: u64) {
+        let own = |access: &Access| own_bytes(access.place.iova.get(), LEN as u64, number);
+        let places = accesses.iter().map(|access| (access.place.iova, *own(access).first_chunk().unwrap())).collect::<Vec<_>>();
+        let faults = self.device.write(&places);
+        for access in accesses {
+            for piece in access.pieces.iter().filter(|piece| piece.allowed) {
+                memory.put(piece.oa().unwrap(), &own(access)[access.inside(piece)]);
+            }
+        }
+        for (access, faults) in accesses.iter().zip(faults) {
+            for oa in access.memory::<W>() {
+                let seen = self.device.qtest.read(oa.start().get(), oa.len() as usize);
+                if seen != memory.get(oa) {
+                    let piece = access.pieces.iter().find(|piece| piece.oa() == Some(oa)).unwrap_or(&access.pieces[0]);
+                    self.fail(access, piece, &format!("memory at {oa} has then {}, and should have {}", said(&seen), said(&memory.get(oa))));
+                }
+            }
+            self.check_faults(access, &faults);
+        }
+    }
+
+    /// What should become of an access; `None` when it cannot be tried: where it ends outside the windows, or does not reach the walker.
+    fn access(&self, place: Place, wanted: Perm) -> Option<Access> {
+        let span = Span::of(place.iova, place.iova.checked_add(LEN as u64 - 1)?);
         let aside = W::ASIDE.is_some_and(|(start, last)| span.overlaps(Span::of(Iova::new(start), Iova::new(last))));
         if aside || (!W::REFUSES_ABOVE && span.last() > self.last()) {
             return None;
@@ -100,18 +109,17 @@ impl<F: Format, W: Walker> Rig<F, W> {
             Piece { span, leaf, allowed }
         });
         let pieces = pieces.collect::<Vec<_>>();
-        pieces.iter().all(|piece| piece.oa().is_none_or(|oa| W::BOARD.has(oa))).then_some(pieces)
+        pieces.iter().all(|piece| piece.oa().is_none_or(|oa| W::BOARD.has(oa))).then_some(Access { place, wanted, pieces })
     }
 
     /// What was refused, and nothing else, is on record.
-    fn check_faults(&mut self, pieces: &[Piece], wanted: Perm, was: Option<Oa>) {
-        let faults = self.device.walker.faults(&mut self.device.qtest);
+    fn check_faults(&mut self, access: &Access, faults: &[Fault]) {
+        let Access { wanted, pieces, .. } = access;
         self.tally.recorded += u64::from(!faults.is_empty());
         let named = |piece: &Piece, iova: Iova| !piece.allowed && piece.span.start().align_down(12) == iova.align_down(12);
-        for fault in &faults {
-            let direction = fault.write.is_none_or(|write| write == (wanted == Perm::WRITE));
-            if !direction || !pieces.iter().any(|piece| named(piece, fault.iova)) {
-                self.fail(&pieces[0], wanted, was, &format!("the model records {fault:x?}"));
+        for fault in faults {
+            if fault.write != (*wanted == Perm::WRITE) || !pieces.iter().any(|piece| named(piece, fault.iova)) {
+                self.fail(access, &pieces[0], &format!("the model records {fault:x?}"));
             }
         }
         // A model with room for one record keeps the first. What is above its address bits some refuse before they walk.
@@ -119,32 +127,66 @@ impl<F: Format, W: Walker> Rig<F, W> {
         if let Some(piece) = pieces.iter().find(|piece| !piece.allowed).filter(must)
             && !faults.iter().any(|fault| named(piece, fault.iova))
         {
-            self.fail(piece, wanted, was, &format!("the model has no record of the refusal, but {faults:x?}"));
+            self.fail(access, piece, &format!("the model has no record of the refusal, but {faults:x?}"));
         }
     }
 
-    fn fail(&self, piece: &Piece, wanted: Perm, was: Option<Oa>, seen: &str) -> ! {
+    fn fail(&self, access: &Access, piece: &Piece, seen: &str) -> ! {
         let Piece { span, leaf, allowed } = piece;
-        let verb = if wanted == Perm::READ { "read" } else { "write" };
+        let verb = if access.wanted == Perm::READ { "read" } else { "write" };
         let right = match (leaf, piece.oa()) {
             (Some(leaf), Some(oa)) => format!("{} at {oa}, through {leaf:x?}", if *allowed { "allowed" } else { "refused" }),
             _ => "refused: nothing is mapped".to_owned(),
         };
-        let was = was.map(|oa| format!(" (before it led to {oa})")).unwrap_or_default();
+        let was = access.place.was.map(|oa| format!(" (before, it led to {oa})")).unwrap_or_default();
         panic!("{}: {verb} of {span}{was}: our walk says {right}; {seen}", self.name);
     }
 }
 
-/// What is written to memory at `oa`: the address of each word, and a number above it.
-fn own_bytes(oa: Span<Oa>, number: u64) -> Vec<u8> {
-    let byte = |at: u64| ((at & !7) ^ number).to_le_bytes()[(at & 7) as usize];
-    (oa.start().get()..=oa.last().get()).map(byte).collect()
+impl Piece {
+    fn oa(&self) -> Option<Span<Oa>> {
+        let leaf = self.leaf?;
+        Some(Span::of(leaf.oa_of(self.span.start()), leaf.oa_of(self.span.last())))
+    }
 }
 
-/// Where bytes come from, as far as they say.
-fn origin(bytes: &[u8]) -> String {
+impl Access {
+    fn inside(&self, piece: &Piece) -> std::ops::Range<usize> {
+        let at = piece.span.start().offset_from(self.place.iova) as usize;
+        at..at + piece.span.len() as usize
+    }
+
+    /// The memory that it reaches. Where nothing is mapped, what it must not reach: where it led before, and where it would without an IOMMU.
+    fn memory<W: Walker>(&self) -> Vec<Span<Oa>> {
+        let mut memory = self.pieces.iter().filter_map(Piece::oa).collect::<Vec<_>>();
+        if memory.is_empty() {
+            let places = [self.place.was, Some(Oa::new(self.place.iova.get()))].into_iter().flatten();
+            memory.extend(places.filter_map(|oa| Span::from_len(oa, LEN as u64).ok()).filter(|oa| W::BOARD.has(*oa)));
+        }
+        memory
+    }
+}
+
+impl Memory {
+    fn put(&mut self, oa: Span<Oa>, bytes: &[u8]) {
+        self.0.extend((oa.start().get()..).zip(bytes.iter().copied()));
+    }
+
+    fn get(&self, oa: Span<Oa>) -> Vec<u8> {
+        self.0.range(oa.start().get()..=oa.last().get()).map(|(_, byte)| *byte).collect()
+    }
+}
+
+/// The address of each word, and a number above it.
+fn own_bytes(at: u64, len: u64, number: u64) -> Vec<u8> {
+    let byte = |at: u64| ((at & !7) ^ number).to_le_bytes()[(at & 7) as usize];
+    (at..=at + (len - 1)).map(byte).collect()
+}
+
+/// Bytes, and the address that they hold.
+fn said(bytes: &[u8]) -> String {
     match bytes.first_chunk::<8>() {
-        Some(word) if !is_nothing(bytes) => format!("as {} was given", Oa::new(u64::from_le_bytes(*word) & ((1 << 48) - 1))),
-        _ => "none of memory's".to_owned(),
+        Some(word) if !is_nothing(bytes) => format!("{bytes:02x?}, of {:#x}", u64::from_le_bytes(*word) & ((1 << 48) - 1)),
+        _ => format!("{bytes:02x?}"),
     }
 }

@@ -1,11 +1,11 @@
 //! A tree, the machine that walks it, and edits as a driver makes them: change the words, invalidate what the [`Gather`] says, give the
 //! tables back.
 
-use crate::device::{Device, MAILBOX, MAILBOX_BYTES, is_nothing};
+use crate::device::{Device, LEN, MAILBOX, MAILBOX_BYTES, is_nothing};
 use crate::mirror::{Mirror, Words};
 use crate::walker::Walker;
 use addr::{Iova, Oa, SizeSet, Span};
-use lockstep_pt::{Arena, Format, Gather, Perm, Stock, Table};
+use lockstep_pt::{Arena, Format, Gather, Leaf, Perm, Stock, Table};
 use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
@@ -21,6 +21,21 @@ pub(crate) struct Tally {
     pub(crate) recorded: u64,
     /// Sizes of the leaves that were accessed through.
     pub(crate) sizes: BTreeSet<u8>,
+}
+
+impl Tally {
+    /// Counts accesses, each with the leaf that lets it through.
+    pub(crate) fn count(&mut self, leaves: impl Iterator<Item = Option<Leaf>>) {
+        for leaf in leaves {
+            match leaf {
+                Some(leaf) => {
+                    self.allowed += 1;
+                    self.sizes.insert(leaf.size.0);
+                }
+                None => self.refused += 1,
+            }
+        }
+    }
 }
 
 impl fmt::Display for Tally {
@@ -155,10 +170,9 @@ impl<F: Format, W: Walker> Rig<F, W> {
 fn see_it_broken<W: Walker>(name: &str, device: &mut Device<W>, mirror: &mut Mirror, broken: Span<Iova>) {
     mirror.push(&mut device.qtest);
     device.forget(broken);
-    for at in [broken.start(), Iova::new(broken.last().get() - 7)] {
-        let bytes = device.read(at, 8);
+    let places = [broken.start(), Iova::new(broken.last().get() - (LEN as u64 - 1))];
+    for (at, (bytes, faults)) in places.iter().zip(device.read(&places)) {
         assert!(is_nothing(&bytes), "{name}: {broken} is broken, and at {at} the device reads {bytes:x?}");
+        assert!(faults.iter().all(|fault| broken.contains(fault.iova)), "{name}: {broken} is broken, and the model records {faults:x?}");
     }
-    let faults = device.walker.faults(&mut device.qtest);
-    assert!(faults.iter().all(|fault| broken.contains(fault.iova)), "{name}: {broken} is broken, and the model records {faults:x?}");
 }

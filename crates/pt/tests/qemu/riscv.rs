@@ -106,7 +106,7 @@ impl Walker for RiscVIommu {
                 WRITE_FAULT => true,
                 cause => panic!("the RISC-V IOMMU records cause {cause} at {iova:#x}"),
             };
-            faults.push(Fault { iova: Iova::new(iova), write: Some(write) });
+            faults.push(Fault { iova: Iova::new(iova), write });
             self.fault_head = (self.fault_head + 1) % ENTRIES;
         }
         qtest.write32(self.registers + FAULT_HEAD, self.fault_head);

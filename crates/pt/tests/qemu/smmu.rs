@@ -124,7 +124,7 @@ impl Walker for Smmu {
             assert_eq!(head >> 32, u64::from(Self::DEVFN), "the SMMU records an event of another stream: {head:#x}");
             let kind = head & 0xff;
             assert!([TRANSLATION, PERMISSION].contains(&kind), "the SMMU records an event of type {kind:#x} at {iova:#x}");
-            faults.push(Fault { iova: Iova::new(iova), write: Some(flags >> 35 & 1 == 0) });
+            faults.push(Fault { iova: Iova::new(iova), write: flags >> 35 & 1 == 0 });
             self.consumed = (self.consumed + 1) % INDICES;
         }
         qtest.write32(EVENT_CONSUMED, self.consumed);

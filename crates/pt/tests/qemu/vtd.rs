@@ -155,6 +155,6 @@ impl Walker for Vtd {
         qtest.write64(FAULT_RECORD + 8, high);
         qtest.write32(FAULT_STATUS, 1);
         assert_eq!(high & 0xffff, u64::from(Self::DEVFN), "VT-d records a fault of another device: {high:#x}");
-        vec![Fault { iova: Iova::new(low), write: Some(high >> 62 & 1 == 0) }]
+        vec![Fault { iova: Iova::new(low), write: high >> 62 & 1 == 0 }]
     }
 }

@@ -11,8 +11,8 @@ use lockstep_pt::{Leaf, Perm};
 pub(crate) struct Fault {
     /// Its address; some models round it down to a page.
     pub(crate) iova: Iova,
-    /// Whether it was a write, where the model says.
-    pub(crate) write: Option<bool>,
+    /// Whether it was a write.
+    pub(crate) write: bool,
 }
 
 /// How far an invalidation reaches in a model.
