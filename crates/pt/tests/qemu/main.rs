@@ -1,0 +1,110 @@
+//! A
+#![cfg(not(loom))]
+
+mod amdvi;
+mod board;
+mod device;
+mod drive;
+mod edu;
+mod mirror;
+mod probe;
+mod qtest;
+mod rig;
+mod riscv;
+mod smmu;
+mod vtd;
+mod walker;
+
+use amdvi::AmdVi;
+use drive::{grow, run};
+use lockstep_pt::{AmdV1, AmdV1Coherent, Armv8S2, Config, Format, RiscV, VtdSs, X86_64};
+use riscv::RiscVIommu;
+use smmu::Smmu;
+use std::io::Write;
+use vtd::{Mode, Vtd};
+
+/// Set to anything but 0 by whoever wants every test of this file to run: what is missing is a failure then.
+const REQUIRE: &str = "LOCKSTEP_REQUIRE_QEMU";
+
+/// Whether `program` is there and has what a test needs; when not, says so where it is seen also of tests that pass.
+fn found(test: &str, program: &str, device: &str, property: Option<&str>) -> bool {
+    let missing = match qtest::version(program) {
+        None => format!("{program} is not here"),
+        Some(_) if qtest::has(program, device, property) => return true,
+        Some(version) => format!("{version} has no {device}{}", property.map(|name| format!(" with {name}")).unwrap_or_default()),
+    };
+    assert!(std::env::var_os(REQUIRE).is_none_or(|value| value == "0"), "{test}: {missing}, and {REQUIRE} is set");
+    // Past the test harness, which keeps what passing tests print.
+    let _ = writeln!(std::io::stderr(), "not run: {test}: {missing}");
+    false
+}
+
+fn largest<F: Format>() -> Config {
+    F::CONFIGS[0]
+}
+
+#[test]
+fn vtd_legacy() {
+    if found("vtd_legacy", board::PC.program, "intel-iommu", Some("snoop-control")) {
+        for config in VtdSs::<4>::CONFIGS {
+            run::<VtdSs<4>, _>(Vtd::new(Mode::Legacy, 48), "legacy mode", *config);
+        }
+        run::<VtdSs<3>, _>(Vtd::new(Mode::Legacy, 48), "legacy mode", largest::<VtdSs<3>>());
+        run::<VtdSs<3>, _>(Vtd::new(Mode::Legacy, 39), "legacy mode, 39 bits", largest::<VtdSs<3>>());
+    }
+}
+
+#[test]
+fn vtd_scalable() {
+    if found("vtd_scalable", board::PC.program, "intel-iommu", Some("x-scalable-mode")) {
+        run::<VtdSs<4>, _>(Vtd::new(Mode::ScalableSecond, 48), "scalable mode", largest::<VtdSs<4>>());
+        run::<VtdSs<3>, _>(Vtd::new(Mode::ScalableSecond, 48), "scalable mode", largest::<VtdSs<3>>());
+    }
+}
+
+#[test]
+fn vtd_first_stage() {
+    if found("vtd_first_stage", board::PC.program, "intel-iommu", Some("x-flts")) {
+        for config in X86_64::<4>::CONFIGS {
+            run::<X86_64<4>, _>(Vtd::new(Mode::ScalableFirst, 48), "VT-d first stage", *config);
+        }
+    }
+}
+
+#[test]
+fn amdvi() {
+    if found("amdvi", board::PC.program, "amd-iommu", Some("pt")) {
+        for config in AmdV1::CONFIGS {
+            run::<AmdV1, _>(AmdVi::default(), "AMD-Vi", *config);
+        }
+        run::<AmdV1Coherent, _>(AmdVi::default(), "AMD-Vi", largest::<AmdV1Coherent>());
+    }
+}
+
+#[test]
+fn amdvi_grows() {
+    if found("amdvi_grows", board::PC.program, "amd-iommu", Some("pt")) {
+        grow::<AmdV1, _>(AmdVi::default(), "AMD-Vi");
+    }
+}
+
+#[test]
+fn riscv() {
+    if found("riscv", board::RISCV.program, "riscv-iommu-pci", None) {
+        run::<RiscV<3>, _>(RiscVIommu::default(), "RISC-V IOMMU", largest::<RiscV<3>>());
+        run::<RiscV<4>, _>(RiscVIommu::default(), "RISC-V IOMMU", largest::<RiscV<4>>());
+        run::<RiscV<5>, _>(RiscVIommu::default(), "RISC-V IOMMU", largest::<RiscV<5>>());
+    }
+}
+
+#[test]
+fn smmu() {
+    if found("smmu", board::ARM.program, "arm-smmuv3", Some("stage")) {
+        for config in Armv8S2::<4, false>::CONFIGS {
+            run::<Armv8S2<4, false>, _>(Smmu::default(), "SMMUv3", *config);
+        }
+        run::<Armv8S2<4, true>, _>(Smmu::default(), "SMMUv3", largest::<Armv8S2<4, true>>());
+        run::<Armv8S2<3, false>, _>(Smmu::default(), "SMMUv3", largest::<Armv8S2<3, false>>());
+        run::<Armv8S2<3, true>, _>(Smmu::default(), "SMMUv3", largest::<Armv8S2<3, true>>());
+    }
+}
