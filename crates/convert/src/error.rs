@@ -14,10 +14,14 @@ pub enum Step {
     Reserve,
     /// Splitting a 2 MiB entry and its leaf.
     Smash,
+    /// Taking leaves out, and waiting for devices.
+    Detach,
     /// Changing the RMP.
     Switch,
     /// Telling stage 2.
     Commit,
+    /// Giving back the memory of the side that pages have left.
+    Discard,
     /// Mapping what may be mapped.
     Attach,
 }
@@ -110,6 +114,15 @@ pub enum ConvertError {
         /// Pages converted.
         done_pages: u64,
     },
+    /// The pages of a pair are converted and in use, and the memory of the side that they left is still there, out of everyone's reach. Restoring
+    /// the span retries.
+    #[error("{span} is converted, and the memory that it left was not given back: {reason}; call restore on the span")]
+    NotDiscarded {
+        /// The guest's pages.
+        span: Span<Gpa>,
+        /// Why not.
+        reason: String,
+    },
     /// The pages are converted, and devices do not see them. Restoring the span retries.
     #[error("{span} is converted but not mapped for devices: {reason}; call restore on the span")]
     NotMapped {
@@ -129,6 +142,7 @@ impl ConvertError {
             Self::Refused { step, .. } => *step,
             Self::Leaks { .. } => Step::Switch,
             Self::Stage2 { .. } => Step::Commit,
+            Self::NotDiscarded { .. } => Step::Discard,
             Self::NotMapped { .. } => Step::Attach,
         }
     }
@@ -144,6 +158,7 @@ impl ConvertError {
             | Self::Reserve { span, .. }
             | Self::Refused { span, .. }
             | Self::Leaks { span, .. }
+            | Self::NotDiscarded { span, .. }
             | Self::NotMapped { span, .. } => Some(*span),
             Self::Stage2 { source, .. } => Some(source.span),
         }

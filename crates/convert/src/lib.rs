@@ -45,6 +45,17 @@ pub enum Owner {
     Shared,
 }
 
+impl Owner {
+    /// Who had it before, or has it after.
+    #[must_use]
+    pub fn other(self) -> Self {
+        match self {
+            Self::Private => Self::Shared,
+            Self::Shared => Self::Private,
+        }
+    }
+}
+
 impl From<Owner> for backing::PageState {
     fn from(owner: Owner) -> Self {
         match owner {

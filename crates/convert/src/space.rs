@@ -2,7 +2,7 @@
 
 use crate::slots::{Frames, Slot, Slots};
 use crate::smash::smash_held;
-use crate::{Evidence, Stage2, plan};
+use crate::{Evidence, Stage2, Step, plan};
 use addr::{Address, Gpa, Lg2, Oa, OverlapError, PAGE_LG2, Page, Span, SpanError, SpanMap};
 use backing::{Backing, PageState};
 use ioas::Pages;
@@ -28,14 +28,14 @@ pub struct Space {
     watch: RwLock<Option<Arc<Watch>>>,
 }
 
-/// Called with pages in transition: detached everywhere, their owner just changed, nothing mapped yet (I-7).
+/// Called with the pages of a conversion after each of its steps from [`Step::Detach`] on.
 pub(crate) type Watch = dyn Fn(&Transition<'_>) + Send + Sync;
 
-/// Pages that a conversion holds: in nobody's table at this moment, or, at its end, in all of them.
+/// Pages that a conversion holds: in no device's table (I-7) until, at its end, they are in all of them.
 #[derive(Debug)]
 pub struct Transition<'a> {
-    /// Everything is done but the acknowledgement.
-    pub done: bool,
+    /// Which step is over: detach, switch, commit, discard, attach.
+    pub step: Step,
     /// The guest's addresses, and the pages behind them.
     pub pages: &'a [(Span<Gpa>, Arc<Pages>, Span<Page>)],
 }
@@ -328,16 +328,17 @@ impl Space {
         self.validated.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Calls `watch` twice in every conversion, with its pages held: in transition, and done. For audits; it must not convert or lock pages.
+    /// Calls `watch` five times in every conversion, with its pages held: after each step from detach to attach. For audits; it must not convert or
+    /// lock pages.
     pub fn on_transition(&self, watch: impl Fn(&Transition<'_>) + Send + Sync + 'static) {
         *self.watch.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(watch));
     }
 
-    pub(crate) fn show_transition(&self, done: bool, pieces: &[plan::Piece], held: &[plan::Held<'_>]) {
+    pub(crate) fn show_transition(&self, step: Step, pieces: &[plan::Piece], held: &[plan::Held<'_>]) {
         let watch = self.watch.read().unwrap_or_else(PoisonError::into_inner).clone();
         if let Some(watch) = watch {
             let pages: Vec<_> = pieces.iter().map(|piece| (piece.gpa, Arc::clone(held[piece.held].pages), piece.pages)).collect();
-            watch(&Transition { done, pages: &pages });
+            watch(&Transition { step, pages: &pages });
         }
     }
 
@@ -373,6 +374,13 @@ impl Space {
             leaked: read(&now.leaked),
             failed: read(&now.failed),
         }
+    }
+}
+
+impl Transition<'_> {
+    /// Whether everything is done but the acknowledgement.
+    pub fn is_done(&self) -> bool {
+        self.step == Step::Attach
     }
 }
 

@@ -1,6 +1,6 @@
 //! The conversion, stage by stage (design D-6). Each stage is a type that can only become the next, so the order cannot be got wrong:
 //!
-//! reserve, freeze, detach, switch, commit, attach, thaw.
+//! reserve, freeze, detach, switch, commit, discard, attach, thaw.
 //!
 //! Until the owner has changed every failure puts all back. Afterwards nothing is rolled back, because the guest may have seen it: the
 //! error says which pages are done.
@@ -38,6 +38,9 @@ pub struct Switched;
 /// States and stage 2 say so.
 #[derive(Debug)]
 pub struct Committed;
+/// Nothing is left where the pages of a pair were before.
+#[derive(Debug)]
+pub struct Discarded;
 /// Devices see what they may see.
 #[derive(Debug)]
 pub struct Attached;
@@ -94,10 +97,11 @@ impl Space {
         if pieces.is_empty() {
             return Ok(Done::default());
         }
-        Conversion::reserve(self, held, pieces)?.freeze().detach()?.switch().commit().attach().thaw()
+        Conversion::reserve(self, held, pieces)?.freeze().detach()?.switch().commit().discard().attach().thaw()
     }
 
-    /// Maps again what devices may see of `span`, after [`ConvertError::NotMapped`].
+    /// Maps again what devices may see of `span`, after [`ConvertError::NotMapped`], and gives back what is left on the other side of a pair, after
+    /// [`ConvertError::NotDiscarded`].
     ///
     /// # Errors
     /// As that one.
@@ -111,6 +115,15 @@ impl Space {
                     held.pages.fill(pages, &mut edit)
                 });
                 filled.map_err(|error| ConvertError::NotMapped { span, reason: error.to_string() })?;
+                for (run, state) in held.pages.backing().states(pages) {
+                    let other = match state {
+                        PageState::Shared => PageState::Private,
+                        PageState::Private => PageState::Shared,
+                        PageState::Absent => continue,
+                    };
+                    let discarded = held.pages.backing().discard_side(&held.guard, run, other);
+                    discarded.map_err(|error| ConvertError::NotDiscarded { span, reason: error.to_string() })?;
+                }
             }
         }
         Ok(())
@@ -143,6 +156,7 @@ impl<'a> Conversion<'a, Frozen> {
             core.held[piece.held].pages.clear(piece.pages, &mut core.edit);
         }
         core.edit.flush();
+        self.core.show(Step::Detach);
         Ok(self.next())
     }
 }
@@ -156,7 +170,7 @@ impl<'a> Conversion<'a, Detached> {
             self.core.occupied = true;
         }
         self.core.switch();
-        self.core.space.show_transition(false, &self.core.pieces, &self.core.held);
+        self.core.show(Step::Switch);
         self.next()
     }
 }
@@ -166,11 +180,22 @@ impl<'a> Conversion<'a, Switched> {
     fn commit(mut self) -> Conversion<'a, Committed> {
         self.core.set_states(|piece| piece.fate == Fate::Switched);
         self.core.commit();
+        self.core.show(Step::Commit);
         self.next()
     }
 }
 
 impl<'a> Conversion<'a, Committed> {
+    /// Gives back what the pages of a pair had on the side that they left: no table leads there any more, and until stage 2 was told a vCPU could
+    /// have brought it back.
+    fn discard(mut self) -> Conversion<'a, Discarded> {
+        self.core.discard();
+        self.core.show(Step::Discard);
+        self.next()
+    }
+}
+
+impl<'a> Conversion<'a, Discarded> {
     /// Maps what devices may see now, of the pages that changed and of those that did not.
     fn attach(mut self) -> Conversion<'a, Attached> {
         if !self.core.occupied {
@@ -183,7 +208,7 @@ impl<'a> Conversion<'a, Committed> {
 impl Conversion<'_, Attached> {
     /// Lets vCPUs in again, and answers: the acknowledgement comes last.
     fn thaw(mut self) -> Result<Done, ConvertError> {
-        self.core.space.show_transition(true, &self.core.pieces, &self.core.held);
+        self.core.show(Step::Attach);
         self.core.thaw();
         self.core.count()
     }
@@ -315,6 +340,19 @@ impl Core<'_> {
         if let Some(ConvertError::Stage2 { done_pages, .. }) = &mut self.error {
             *done_pages = done;
         }
+    }
+
+    fn discard(&mut self) {
+        for piece in self.pieces.iter().filter(|piece| piece.fate == Fate::Committed) {
+            let Held { pages, guard } = &self.held[piece.held];
+            if let Err(error) = pages.backing().discard_side(guard, piece.pages, piece.to.other().into()) {
+                self.error.get_or_insert(ConvertError::NotDiscarded { span: piece.gpa, reason: error.to_string() });
+            }
+        }
+    }
+
+    fn show(&self, step: Step) {
+        self.space.show_transition(step, &self.pieces, &self.held);
     }
 
     fn fill(&mut self, which: impl Fn(&Piece) -> bool) {
