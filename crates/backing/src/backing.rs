@@ -2,6 +2,7 @@
 
 use crate::file::Source;
 use crate::frames::Permutation;
+use crate::pair::Hidden;
 use crate::raw::{HostAddr, Mapping};
 use crate::reservation::Reservation;
 use crate::revoke::Listeners;
@@ -41,6 +42,8 @@ pub enum Kind {
     Simulated,
     /// Somebody else's, who says when it may be touched and how: see [`Owner`].
     Foreign,
+    /// Two files, one of which holds a page while it is shared and the other while it is private: see [`Backing::pair`].
+    Pair,
 }
 
 /// Pages with a window. Always in an [`Arc`]; when the last one goes the window closes.
@@ -70,6 +73,8 @@ pub(crate) struct Memory {
     pub(crate) mapping: Option<Mapping>,
     /// Of a foreign one.
     pub(crate) owner: Option<Arc<dyn Owner>>,
+    /// Of a pair: what holds its private pages. The file and the mapping are the shared ones'.
+    pub(crate) hidden: Option<Hidden>,
 }
 
 #[derive(Default)]
@@ -121,11 +126,12 @@ impl Backing {
             Frames::Contiguous => None,
             Frames::Scattered { seed } => Some(Permutation::new(pages.len(), seed)),
         };
+        let window_bytes = memory.hidden.as_ref().map_or(len_bytes, |hidden| hidden.start + len_bytes);
         let backing = Arc::new(Self {
             id: BackingId(NEXT_ID.fetch_add(1, Ordering::Relaxed)),
             kind,
             pages,
-            place: window::Place::take(len_bytes, kind == Kind::Foreign)?,
+            place: window::Place::take(window_bytes, kind == Kind::Foreign)?,
             frames: layout.frames,
             permutation,
             memory,
@@ -205,36 +211,72 @@ impl Backing {
         if self.pages.covers(span) { Ok(()) } else { Err(Error::NoSuchPages { span, pages: self.pages }) }
     }
 
-    /// The output address of a page's first byte.
+    /// The output address of a page's first byte. Those of a pair's pages change with their state.
     ///
     /// # Panics
     /// When the backing has no such page: check spans from outside with [`Backing::pages_at`].
     #[inline]
     #[track_caller]
     pub fn oa(&self, page: Page) -> addr::Oa {
+        let state = if self.memory.hidden.is_none() { PageState::Shared } else { self.state(page) };
+        self.oa_as(page, state)
+    }
+
+    /// The output address that a page has in `state`: the same in all of them, but for a pair's.
+    ///
+    /// # Panics
+    /// As [`Backing::oa`].
+    #[inline]
+    #[track_caller]
+    pub fn oa_as(&self, page: Page, state: PageState) -> addr::Oa {
         assert!(self.pages.contains(page), "{page} lies outside of {}", self.pages);
         let frame = self.permutation.as_ref().map_or(page.get(), |permutation| permutation.forward(page.get()));
-        self.place.window.start().plus(frame << PAGE_LG2)
+        self.place.window.start().plus((frame << PAGE_LG2) + self.side_start(state))
+    }
+
+    /// Where in the window pages in `state` lie.
+    #[inline]
+    fn side_start(&self, state: PageState) -> u64 {
+        self.memory.hidden.as_ref().filter(|_| state == PageState::Private).map_or(0, |hidden| hidden.start)
     }
 
     /// The page at an output address.
     #[inline]
     pub fn page_of(&self, oa: addr::Oa) -> Option<Page> {
         let window = self.place.window;
-        let frame = window.contains(oa).then(|| oa.offset_from(window.start()) >> PAGE_LG2)?;
+        let mut offset = window.contains(oa).then(|| oa.offset_from(window.start()))?;
+        if let Some(hidden) = &self.memory.hidden
+            && offset >= hidden.start
+        {
+            offset -= hidden.start;
+        }
+        let frame = offset >> PAGE_LG2;
         let inside = self.pages.contains(Page::new(frame));
         inside.then(|| Page::new(self.permutation.as_ref().map_or(frame, |permutation| permutation.backward(frame))))
     }
 
-    /// The physically contiguous runs of a span, ascending by page: one for a contiguous window, one for each page of a scattered one.
+    /// The physically contiguous runs of a span, ascending by page: one for a contiguous window, one for each page of a scattered one. In a pair
+    /// they also end where the state changes.
     ///
     /// # Panics
     /// As [`Backing::oa`].
     #[track_caller]
     pub fn extents(&self, span: Span<Page>) -> impl Iterator<Item = (Span<Page>, addr::Oa)> + '_ {
+        let mut states = self.memory.hidden.is_some().then(|| self.states(span));
+        let mut whole = states.is_none().then_some((span, PageState::Shared));
+        let runs = std::iter::from_fn(move || states.as_mut().map_or_else(|| whole.take(), Iterator::next));
+        runs.flat_map(|(run, state)| self.extents_as(run, state))
+    }
+
+    /// As [`Backing::extents`], of pages as they lie in `state`.
+    ///
+    /// # Panics
+    /// As [`Backing::oa`].
+    #[track_caller]
+    pub fn extents_as(&self, span: Span<Page>, state: PageState) -> impl Iterator<Item = (Span<Page>, addr::Oa)> + '_ {
         assert!(self.pages.covers(span), "{span} lies outside of {}", self.pages);
         // Blocks of 2^64 pages are the span itself.
-        span.blocks(if self.permutation.is_some() { 0 } else { 64 }).map(|run| (run, self.oa(run.start())))
+        span.blocks(if self.permutation.is_some() { 0 } else { 64 }).map(move |run| (run, self.oa_as(run.start(), state)))
     }
 
     /// Where to touch `len` bytes at `oa`, if they are all of this backing, mapped, and in a row.
@@ -246,7 +288,7 @@ impl Backing {
             return window.contains(oa).then(|| mapping.at(oa.offset_from(window.start()), len))?;
         }
         let inside = oa.get() & (PAGE_BYTES - 1);
-        let page = self.page_of(oa)?;
+        let page = self.page_of(oa).filter(|_| !self.is_hidden(oa))?;
         (len <= PAGE_BYTES - inside).then(|| mapping.at(page.bytes() + inside, len))?
     }
 

@@ -4,7 +4,7 @@ use crate::backing::{Memory, check_len};
 use crate::raw::Mapping;
 use crate::{Backing, Error, Kind, Layout, PinError, window};
 use addr::{PAGE_LG2, Page, Span};
-use rustix::fs::{FileType, MemfdFlags};
+use rustix::fs::{FallocateFlags, FileType, MemfdFlags};
 use rustix::io::Errno;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -50,7 +50,7 @@ pub fn file_words(file: BorrowedFd<'_>) -> &'static str {
 }
 
 /// The kind, and the logarithm of what it can be punched by.
-fn look(file: BorrowedFd<'_>, offset: u64, len: u64) -> Result<(Kind, u8), Error> {
+pub(crate) fn look(file: BorrowedFd<'_>, offset: u64, len: u64) -> Result<(Kind, u8), Error> {
     let stat = rustix::fs::fstatfs(file).map_err(Error::os("fstatfs", offset, len))?;
     match stat.f_type as u64 & 0xffff_ffff {
         TMPFS_MAGIC => Ok((Kind::Memfd, PAGE_LG2)),
@@ -127,7 +127,19 @@ impl Backing {
         Self::of_file(file, offset, len_bytes, layout.into(), kind)
     }
 
-    fn of_file(file: OwnedFd, offset: u64, len_bytes: u64, layout: Layout, (kind, granule_lg2): (Kind, u8)) -> Result<Arc<Self>, Error> {
+    fn of_file(file: OwnedFd, offset: u64, len_bytes: u64, layout: Layout, kind: (Kind, u8)) -> Result<Arc<Self>, Error> {
+        Self::of_files(file, offset, len_bytes, layout, kind, Memory::default())
+    }
+
+    /// `memory` has what there is beside the file.
+    pub(crate) fn of_files(
+        file: OwnedFd,
+        offset: u64,
+        len_bytes: u64,
+        layout: Layout,
+        (kind, granule_lg2): (Kind, u8),
+        memory: Memory,
+    ) -> Result<Arc<Self>, Error> {
         step("backing.mmap")?;
         let align_lg2 = window::align_lg2(len_bytes).max(granule_lg2);
         let mapping = match Mapping::file(file.as_fd(), offset, len_bytes as usize, align_lg2, kind == Kind::HugeMemfd) {
@@ -139,11 +151,29 @@ impl Backing {
                 return Err(none_left.unwrap_or_else(|| Error::os("mmap", offset, len_bytes)(errno)));
             }
         };
-        Self::assemble(kind, len_bytes, layout, Memory { file: Some(Source { fd: file, offset, granule_lg2 }), mapping, owner: None })
+        Self::assemble(kind, len_bytes, layout, Memory { file: Some(Source { fd: file, offset, granule_lg2 }), mapping, ..memory })
     }
 }
 
 impl Source {
+    /// Gives the memory of these pages back.
+    pub(crate) fn punch(&self, pages: Span<Page>) -> Result<(), Error> {
+        let (at, len) = (self.offset + pages.start().bytes(), pages.len() << PAGE_LG2);
+        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(&self.fd, mode, at, len).map_err(Error::os("fallocate(PUNCH_HOLE)", at, len))
+    }
+
+    /// Makes sure that these pages have memory.
+    pub(crate) fn allocate(&self, pages: Span<Page>) -> Result<(), Error> {
+        let (at, len) = (self.offset + pages.start().bytes(), pages.len() << PAGE_LG2);
+        // Allocation would also work behind the end of a file that somebody else has cut short, where no access can.
+        let size = self.size()?;
+        if size < at + len {
+            return Err(Error::Outside { offset: at, len, size });
+        }
+        rustix::fs::fallocate(&self.fd, FallocateFlags::KEEP_SIZE, at, len).map_err(Error::os("fallocate", at, len))
+    }
+
     /// How long the file is now.
     pub(crate) fn size(&self) -> Result<u64, Error> {
         file_size(&self.fd)
@@ -165,7 +195,7 @@ fn file_size(file: &OwnedFd) -> Result<u64, Error> {
     Ok(rustix::fs::fstat(file).map_err(Error::os("fstat", 0, 0))?.st_size as u64)
 }
 
-fn check_size(file: &OwnedFd, offset: u64, len: u64) -> Result<(), Error> {
+pub(crate) fn check_size(file: &OwnedFd, offset: u64, len: u64) -> Result<(), Error> {
     let size = file_size(file)?;
     let fits = offset.checked_add(len).is_some_and(|end| end <= size);
     if fits { Ok(()) } else { Err(Error::Outside { offset, len, size }) }

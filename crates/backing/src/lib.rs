@@ -6,6 +6,7 @@
 //! - *window*: the span of output addresses (OA) that a backing occupies; see [`OA_BASE`]. User space has no physical addresses, so these are ours.
 //! - *frame*: 4 KiB of a window. Pages lie in frames in a row, or scattered ([`Frames`]).
 //! - *state*: whether a page is shared, private, or absent ([`PageState`]). Changed only by who holds the page ([`Backing::lock`]).
+//! - *pair*: a backing of two files: a page lies in one while it is shared, in the other while it is private ([`Backing::pair`]).
 //! - *owner*: who has the pages of a *foreign* backing, and keeps them in place while they are pinned ([`Owner`]).
 //! - *listener*: who has mapped pages and must let go of them when they leave ([`Listener`]).
 //! - *punch*: pages go back to the host. *Populate*: they come back, zeroed.
@@ -31,6 +32,7 @@ mod frames;
 mod guard;
 mod name;
 mod owner;
+mod pair;
 mod raw;
 mod recheck;
 mod reservation;

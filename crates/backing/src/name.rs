@@ -35,7 +35,7 @@ impl Backing {
     /// What `page` is.
     pub fn page_name(&self, page: Page) -> PageName {
         let own = PageName::Own { backing: self.id(), page: page.get() };
-        if let Some(owner) = self.owner() {
+        if let Some(owner) = &self.memory.owner {
             return owner.name(page);
         }
         let Some(source) = &self.memory.file else { return own };

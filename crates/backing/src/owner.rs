@@ -102,9 +102,10 @@ impl Backing {
         Self::assemble(Kind::Foreign, len_bytes, layout.into(), Memory { owner: Some(owner), ..Memory::default() })
     }
 
-    /// The owner of a foreign backing's pages.
+    /// Who copies what this process sees nowhere: the owner of a foreign backing's pages, the copier of a pair's private ones.
     pub fn owner(&self) -> Option<&Arc<dyn Owner>> {
-        self.memory.owner.as_ref()
+        let copier = || self.memory.hidden.as_ref()?.copier.as_ref();
+        self.memory.owner.as_ref().or_else(copier)
     }
 
     /// Makes sure that the pages can be touched until [`Backing::unpin`]: asks the owner of foreign ones, and compares a file with its present

@@ -118,9 +118,9 @@ impl Backing {
     }
 
     /// mincore answers for the page cache where there is one. Of private memory and of huge pages it only knows what this process has
-    /// touched.
+    /// touched; in a pair a page that has just changed sides is a hole until it is touched.
     fn sees_holes(&self) -> bool {
-        self.kind() != Kind::HugeMemfd && self.memory.mapping.as_ref().is_some_and(|mapping| !mapping.is_adopted())
+        !matches!(self.kind(), Kind::HugeMemfd | Kind::Pair) && self.memory.mapping.as_ref().is_some_and(|mapping| !mapping.is_adopted())
     }
 
     /// The first page that the file, as it is now, does not hold whole.

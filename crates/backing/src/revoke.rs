@@ -5,7 +5,6 @@
 
 use crate::{Backing, Error, Kind, PageState, RestoreError, SpanGuard};
 use addr::{Page, Span};
-use rustix::fs::FallocateFlags;
 use std::sync::{Arc, PoisonError, RwLock, Weak};
 use sync::fail;
 
@@ -139,7 +138,7 @@ impl Backing {
             return Err(Error::Unsupported { kind: self.kind(), what: "be populated with absent pages" });
         }
         held.reserve(self.states(span).filter(|(_, state)| *state == PageState::Absent).count())?;
-        self.allocate(span)?;
+        self.allocate(span, state)?;
         self.know_residents(span)?;
         let mut failed = Ok(());
         for (run, old) in self.states(span) {
@@ -186,33 +185,34 @@ impl Backing {
         if self.kind() == Kind::Foreign { Err(Error::Unsupported { kind: Kind::Foreign, what }) } else { Ok(()) }
     }
 
-    /// The system call of a punch, and nothing else.
+    /// The system call of a punch, and nothing else. Of a pair both sides go.
     fn discard(&self, span: Span<Page>) -> Result<(), Error> {
         fail::step("backing.punch")?;
         let (at, len) = (span.start().bytes(), span.len() << addr::PAGE_LG2);
+        if let Some(hidden) = &self.memory.hidden {
+            hidden.file.punch(span)?;
+        }
         match (&self.memory.file, &self.memory.mapping) {
-            (Some(source), _) => {
-                let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-                let at = source.offset + at;
-                rustix::fs::fallocate(&source.fd, mode, at, len).map_err(Error::os("fallocate(PUNCH_HOLE)", at, len))
-            }
+            (Some(source), _) => source.punch(span),
             (None, Some(mapping)) => mapping.discard(at, len).map_err(Error::os("madvise(REMOVE)", at, len)),
             (None, None) => Ok(()),
         }
     }
 
-    /// The system calls of a populate.
-    fn allocate(&self, span: Span<Page>) -> Result<(), Error> {
+    /// The system calls of a populate: each page gets memory where it lies, absent ones where they lie in `state`.
+    fn allocate(&self, span: Span<Page>, state: PageState) -> Result<(), Error> {
+        let Some(hidden) = &self.memory.hidden else { return self.allocate_side(span) };
+        self.states(span).try_for_each(|(run, old)| match if old == PageState::Absent { state } else { old } {
+            PageState::Private => hidden.file.allocate(run),
+            _ => self.allocate_side(run),
+        })
+    }
+
+    fn allocate_side(&self, span: Span<Page>) -> Result<(), Error> {
         fail::step("backing.populate")?;
         let (at, len) = (span.start().bytes(), span.len() << addr::PAGE_LG2);
         if let Some(source) = &self.memory.file {
-            let start = source.offset + at;
-            // Allocation would also work behind the end of a file that somebody else has cut short, where no access can.
-            let size = source.size()?;
-            if size < start + len {
-                return Err(Error::Outside { offset: start, len, size });
-            }
-            rustix::fs::fallocate(&source.fd, FallocateFlags::KEEP_SIZE, start, len).map_err(Error::os("fallocate", start, len))?;
+            source.allocate(span)?;
         }
         match (&self.memory.mapping, self.kind()) {
             (Some(mapping), Kind::User) => mapping.populate(at, len).map_err(Error::os("madvise(POPULATE_WRITE)", at, len)),

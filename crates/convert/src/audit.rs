@@ -85,9 +85,9 @@ impl<'a> Auditor<'a> {
     /// tables agree about them.
     pub fn check_transition(&self, transition: &Transition<'_>) -> AuditReport {
         let mut report = AuditReport::default();
-        if transition.done {
-            for (_, pages, span) in transition.pages {
-                for area in pages.areas_over(*span) {
+        if transition.is_done() {
+            for (_, pages, span) in transition.pages() {
+                for area in pages.areas_over(span) {
                     if let Some(part) = span.intersect(area.page_span()) {
                         self.look_at(&area, part, &mut report);
                     }
@@ -95,9 +95,9 @@ impl<'a> Auditor<'a> {
             }
             return report;
         }
-        for (_, pages, span) in transition.pages {
-            for area in pages.areas_over(*span) {
-                let Some(part) = iova_of(&area, *span) else { continue };
+        for (_, pages, span) in transition.pages().filter(|_| transition.is_detached()) {
+            for area in pages.areas_over(span) {
+                let Some(part) = iova_of(&area, span) else { continue };
                 for domain in area.domains() {
                     for leaf in read(&domain, part).leaves {
                         report.leaves += 1;
@@ -244,6 +244,7 @@ impl<'a> Auditor<'a> {
                         let owner =
                             owner.map(|owner| (owner.guest, owner.gpa.start().plus(page.offset_from(part.pages.start()) << PAGE_LG2)));
                         report.entries += 1;
+                        self.check_unused(area, backing, page, &leaked, report);
                         let oa = oa.plus(offset << PAGE_LG2);
                         // A leaked page is assigned for ever, and nobody's.
                         if state == PageState::Absent && leaked.binary_search(&oa).is_ok() {
@@ -258,6 +259,17 @@ impl<'a> Auditor<'a> {
                     }
                 }
             }
+        }
+    }
+
+    /// A page of a pair has no entry on the side where it is not, unless it was leaked there.
+    fn check_unused(&self, area: &Area, backing: &Arc<Backing>, page: Page, leaked: &[Oa], report: &mut AuditReport) {
+        let Some(oa) = backing.unused_oa(page).filter(|oa| leaked.binary_search(oa).is_err()) else { return };
+        report.entries += 1;
+        if let Some(what) = self.entry_is_wrong(oa, PageState::Absent, None)
+            && let Some(iova) = iova_of(area, Span::one(page))
+        {
+            report.add(self.difference("I-6", what, iova, None, Some((area, backing))));
         }
     }
 

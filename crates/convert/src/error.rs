@@ -14,12 +14,38 @@ pub enum Step {
     Reserve,
     /// Splitting a 2 MiB entry and its leaf.
     Smash,
+    /// Keeping vCPUs out.
+    Freeze,
+    /// Taking leaves out, and waiting for devices.
+    Detach,
+    /// Asking whether anybody else holds the pages.
+    Settle,
     /// Changing the RMP.
     Switch,
     /// Telling stage 2.
     Commit,
+    /// Giving back the memory of the side that pages have left.
+    Discard,
     /// Mapping what may be mapped.
     Attach,
+    /// Letting vCPUs in again, and answering.
+    Thaw,
+}
+
+impl Step {
+    /// The steps of a conversion that goes well, in their order.
+    pub const ALL: [Self; 10] = [
+        Self::Plan,
+        Self::Reserve,
+        Self::Freeze,
+        Self::Detach,
+        Self::Settle,
+        Self::Switch,
+        Self::Commit,
+        Self::Discard,
+        Self::Attach,
+        Self::Thaw,
+    ];
 }
 
 /// Why a conversion did not finish. Up to and with `Reserve` nothing has changed. A refused `Smash` may have left 2 MiB entries that come
@@ -85,6 +111,14 @@ pub enum ConvertError {
         /// Pages converted before it.
         done_pages: u64,
     },
+    /// Somebody who is no device holds a page: it is pinned, or under direct I/O. Nothing has changed, but for 2 MiB entries that were split.
+    #[error("cannot convert {span}: the page at {at} is held by somebody else; nothing has changed, try again when it is let go")]
+    Busy {
+        /// The change that has it.
+        span: Span<Gpa>,
+        /// The first page that is held.
+        at: Gpa,
+    },
     /// A page could not be taken from the guest: it is unmapped, counted, and never used again.
     #[error(
         "{span} ({oa}) could not be made shared again ({code:?}); it is leaked and {done_pages} other pages of the batch are converted"
@@ -110,6 +144,15 @@ pub enum ConvertError {
         /// Pages converted.
         done_pages: u64,
     },
+    /// The pages of a pair are converted and in use, and the memory of the side that they left is still there, out of everyone's reach. Restoring
+    /// the span retries.
+    #[error("{span} is converted, and the memory that it left was not given back: {reason}; call restore on the span")]
+    NotDiscarded {
+        /// The guest's pages.
+        span: Span<Gpa>,
+        /// Why not.
+        reason: String,
+    },
     /// The pages are converted, and devices do not see them. Restoring the span retries.
     #[error("{span} is converted but not mapped for devices: {reason}; call restore on the span")]
     NotMapped {
@@ -126,9 +169,11 @@ impl ConvertError {
         match self {
             Self::Span(_) | Self::NoMemory { .. } | Self::Twice { .. } | Self::Leaked { .. } | Self::NotOurs { .. } => Step::Plan,
             Self::Reserve { .. } => Step::Reserve,
+            Self::Busy { .. } => Step::Settle,
             Self::Refused { step, .. } => *step,
             Self::Leaks { .. } => Step::Switch,
             Self::Stage2 { .. } => Step::Commit,
+            Self::NotDiscarded { .. } => Step::Discard,
             Self::NotMapped { .. } => Step::Attach,
         }
     }
@@ -142,8 +187,10 @@ impl ConvertError {
             | Self::Leaked { span, .. }
             | Self::NotOurs { span, .. }
             | Self::Reserve { span, .. }
+            | Self::Busy { span, .. }
             | Self::Refused { span, .. }
             | Self::Leaks { span, .. }
+            | Self::NotDiscarded { span, .. }
             | Self::NotMapped { span, .. } => Some(*span),
             Self::Stage2 { source, .. } => Some(source.span),
         }

@@ -31,8 +31,8 @@ pub use raw_walk::{RawLeaf, RawOddity, RawTree, read_tree};
 pub use report::{AuditReport, Difference, Says};
 pub use smash::{SmashError, smash};
 pub use space::{Counters, Space, SpaceError, Transition};
-pub use stage2::{Evidence, RecordedStage2, Stage2, Stage2Error};
-pub use stages::{Conversion, Done, IsStage, Stage};
+pub use stage2::{Busy, Evidence, RecordedStage2, Stage2, Stage2Error};
+pub use stages::{Conversion, Done};
 
 use addr::{Gpa, Span};
 
@@ -43,6 +43,17 @@ pub enum Owner {
     Private,
     /// The host's: unassigned.
     Shared,
+}
+
+impl Owner {
+    /// Who had it before, or has it after.
+    #[must_use]
+    pub fn other(self) -> Self {
+        match self {
+            Self::Private => Self::Shared,
+            Self::Shared => Self::Private,
+        }
+    }
 }
 
 impl From<Owner> for backing::PageState {

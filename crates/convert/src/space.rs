@@ -1,8 +1,9 @@
 //! What the three tables of one VM have in common: which memory stands behind each guest physical address, whose it is, and who is told.
 
+use crate::plan::{Held, Piece};
 use crate::slots::{Frames, Slot, Slots};
 use crate::smash::smash_held;
-use crate::{Evidence, Stage, Stage2, plan, switch};
+use crate::{Evidence, Stage2, Step, switch};
 use addr::{Address, Gpa, Lg2, Oa, OverlapError, PAGE_LG2, Page, Span, SpanError, SpanMap};
 use backing::{Backing, PageState};
 use ioas::Pages;
@@ -10,7 +11,7 @@ use iommu::SystemRmp;
 use secure::{Code, Pvalidate, PvalidateError, RmpSize, Validated, Vmpl};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use thiserror::Error;
 
 /// Pages of one 2 MiB entry.
@@ -26,22 +27,44 @@ pub struct Space {
     validated: Mutex<SpanMap<Gpa, ()>>,
     pub(crate) counters: CountersNow,
     watch: RwLock<Option<Arc<Watch>>>,
-    stage_watch: OnceLock<Box<StageWatch>>,
 }
 
-/// Called with pages in transition: detached everywhere, their owner just changed, nothing mapped yet (I-7).
+/// Called with the pages of a conversion after each of its steps.
 pub(crate) type Watch = dyn Fn(&Transition<'_>) + Send + Sync;
 
-/// Called with each stage that a conversion reaches.
-pub(crate) type StageWatch = dyn Fn(Stage) + Send + Sync;
-
-/// Pages that a conversion holds: in nobody's table at this moment, or, at its end, in all of them.
+/// Pages that a conversion holds, at one moment of it.
 #[derive(Debug)]
 pub struct Transition<'a> {
-    /// Everything is done but the acknowledgement.
-    pub done: bool,
+    step: Step,
+    pieces: &'a [Piece],
+    held: &'a [Held<'a>],
+}
+
+impl<'a> Transition<'a> {
+    pub(crate) fn new(step: Step, pieces: &'a [Piece], held: &'a [Held<'a>]) -> Self {
+        Self { step, pieces, held }
+    }
+
+    /// Which step is over; never `Smash`, which is a part of `Detach`.
+    pub fn step(&self) -> Step {
+        self.step
+    }
+
+    /// Whether the pages are in no device's table at this moment (I-7).
+    pub fn is_detached(&self) -> bool {
+        matches!(self.step, Step::Detach | Step::Settle | Step::Switch | Step::Commit | Step::Discard)
+    }
+
+    /// Whether every table is as it is to stay; all that is left is to let vCPUs in and to answer.
+    pub fn is_done(&self) -> bool {
+        self.step == Step::Attach
+    }
+
     /// The guest's addresses, and the pages behind them.
-    pub pages: &'a [(Span<Gpa>, Arc<Pages>, Span<Page>)],
+    pub fn pages(&self) -> impl Iterator<Item = (Span<Gpa>, &'a Arc<Pages>, Span<Page>)> {
+        let held = self.held;
+        self.pieces.iter().map(move |piece| (piece.gpa, held[piece.held].pages, piece.pages))
+    }
 }
 
 /// Why a memslot was refused.
@@ -124,7 +147,6 @@ impl Space {
             validated: Mutex::default(),
             counters: CountersNow::default(),
             watch: RwLock::default(),
-            stage_watch: OnceLock::new(),
         })
     }
 
@@ -334,30 +356,14 @@ impl Space {
         self.validated.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Calls `watch` twice in every conversion, with its pages held: in transition, and done. For audits; it must not convert or lock pages.
+    /// Calls `watch` in every conversion that begins from now on, after each step, on its thread and with its pages held. For audits and measurements; it
+    /// must not convert or lock pages.
     pub fn on_transition(&self, watch: impl Fn(&Transition<'_>) + Send + Sync + 'static) {
         *self.watch.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(watch));
     }
 
-    pub(crate) fn show_transition(&self, done: bool, pieces: &[plan::Piece], held: &[plan::Held<'_>]) {
-        let watch = self.watch.read().unwrap_or_else(PoisonError::into_inner).clone();
-        if let Some(watch) = watch {
-            let pages: Vec<_> = pieces.iter().map(|piece| (piece.gpa, Arc::clone(held[piece.held].pages), piece.pages)).collect();
-            watch(&Transition { done, pages: &pages });
-        }
-    }
-
-    /// Calls `watch` with each stage that a conversion reaches, on its thread and with its pages held: for tests and measurements. Once for
-    /// a space; `false` when there is one already.
-    pub fn on_stage(&self, watch: impl Fn(Stage) + Send + Sync + 'static) -> bool {
-        self.stage_watch.set(Box::new(watch)).is_ok()
-    }
-
-    #[inline]
-    pub(crate) fn reached(&self, stage: Stage) {
-        if let Some(watch) = self.stage_watch.get() {
-            watch(stage);
-        }
+    pub(crate) fn watch(&self) -> Option<Arc<Watch>> {
+        self.watch.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The guest's address space identifier.

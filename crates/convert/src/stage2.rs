@@ -37,12 +37,28 @@ pub struct Stage2Error {
     pub reason: String,
 }
 
+/// A page has users that no table knows of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Busy {
+    /// The first such page.
+    pub at: Gpa,
+}
+
 /// The second of the three tables: guest physical address to host page. Its owner keeps, per page, whether the guest holds it private.
 ///
-/// A conversion calls `freeze`, then changes the RMP and the IO page tables, then `commit`, then `thaw`, with the pages held throughout.
+/// A conversion calls `freeze`, then takes the leaves out and asks `settle`, then changes the RMP, then `commit`, then `thaw`, with the pages held throughout.
 pub trait Stage2: Send + Sync {
     /// From here on no vCPU may install a translation of these spans, and none that is installed may be used.
     fn freeze(&self, spans: &[Span<Gpa>]);
+    /// Whether the pages may change hands: asked when neither vCPUs nor devices have them any more. An owner of memory that is converted in
+    /// place looks here for references that are left, as guest_memfd does when it answers EAGAIN.
+    ///
+    /// # Errors
+    /// [`Busy`]: the conversion puts everything back.
+    fn settle(&self, spans: &[Span<Gpa>]) -> Result<(), Busy> {
+        let _ = spans;
+        Ok(())
+    }
     /// Records the new owner.
     ///
     /// # Errors
@@ -75,6 +91,12 @@ impl RecordedStage2 {
 
 impl Stage2 for RecordedStage2 {
     fn freeze(&self, _spans: &[Span<Gpa>]) {}
+
+    /// A fallible step, named `convert.settle`.
+    fn settle(&self, spans: &[Span<Gpa>]) -> Result<(), Busy> {
+        let at = spans.first().map_or(Gpa::new(0), |span| span.start());
+        sync::fail::step("convert.settle").map_err(|_| Busy { at })
+    }
 
     fn commit(&self, span: Span<Gpa>, private: bool) -> Result<(), Stage2Error> {
         let refused = |_| Stage2Error { span, private, reason: "no memory for the record".into() };

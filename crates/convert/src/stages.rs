@@ -1,17 +1,20 @@
 //! The conversion, stage by stage (design D-6). Each stage is a type that can only become the next, so the order cannot be got wrong:
 //!
-//! reserve, freeze, detach, switch, commit, attach, thaw.
+//! reserve, freeze, detach, settle, switch, commit, discard, attach, thaw.
 //!
 //! Until the owner has changed every failure puts all back. Afterwards nothing is rolled back, because the guest may have seen it: the
 //! error says which pages are done.
 
 use crate::plan::{self, Fate, Held, Piece, Plan};
+use crate::space::{Transition, Watch};
 use crate::switch::{self, Failed};
-use crate::{Change, ConvertError, Owner, Space, Step};
+use crate::{Busy, Change, ConvertError, Owner, Space, Step};
 use addr::{Gpa, Lg2, Span};
 use backing::PageState;
 use ioas::Edit;
+use std::fmt;
 use std::marker::PhantomData;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use sync::fail;
 
@@ -23,66 +26,30 @@ pub struct Conversion<'a, S> {
     stage: PhantomData<S>,
 }
 
-/// How far a conversion has come, for those who watch one ([`Space::on_stage`]).
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Stage {
-    /// The request has pages to convert; next comes the reservation.
-    Planned,
-    /// See [`Reserved`].
-    Reserved,
-    /// See [`Frozen`].
-    Frozen,
-    /// See [`Detached`].
-    Detached,
-    /// See [`Switched`].
-    Switched,
-    /// See [`Committed`].
-    Committed,
-    /// See [`Attached`].
-    Attached,
-    /// vCPUs are let in again, and the caller gets its answer.
-    Thawed,
-}
-
-impl Stage {
-    /// All, in their order.
-    pub const ALL: [Self; 8] =
-        [Self::Planned, Self::Reserved, Self::Frozen, Self::Detached, Self::Switched, Self::Committed, Self::Attached, Self::Thawed];
-}
-
-/// A stage as a type.
-pub trait IsStage {
-    /// The stage as a value.
-    const STAGE: Stage;
-}
-
-macro_rules! stages {
-    ($($(#[$doc:meta])* $stage:ident,)+) => {
-        $(
-            $(#[$doc])*
-            #[derive(Debug)]
-            pub struct $stage;
-
-            impl IsStage for $stage {
-                const STAGE: Stage = Stage::$stage;
-            }
-        )+
-    };
-}
-stages! {
-    /// Everything that later stages need is there; nothing has changed.
-    Reserved,
-    /// Stage 2 lets nobody in.
-    Frozen,
-    /// No device reaches the pages, and none is on its way.
-    Detached,
-    /// The pages have their new owner.
-    Switched,
-    /// States and stage 2 say so.
-    Committed,
-    /// Devices see what they may see.
-    Attached,
-}
+/// Everything that later stages need is there; nothing has changed.
+#[derive(Debug)]
+pub struct Reserved;
+/// Stage 2 lets nobody in.
+#[derive(Debug)]
+pub struct Frozen;
+/// No device reaches the pages, and none is on its way.
+#[derive(Debug)]
+pub struct Detached;
+/// Nobody else holds the pages either.
+#[derive(Debug)]
+pub struct Settled;
+/// The pages have their new owner.
+#[derive(Debug)]
+pub struct Switched;
+/// States and stage 2 say so.
+#[derive(Debug)]
+pub struct Committed;
+/// Nothing is left where the pages of a pair were before.
+#[derive(Debug)]
+pub struct Discarded;
+/// Devices see what they may see.
+#[derive(Debug)]
+pub struct Attached;
 
 /// What a conversion did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -91,7 +58,6 @@ pub struct Done {
     pub pages: u64,
 }
 
-#[derive(Debug)]
 struct Core<'a> {
     space: &'a Space,
     held: Vec<Held<'a>>,
@@ -99,14 +65,20 @@ struct Core<'a> {
     edit: Edit,
     frozen: Vec<Span<Gpa>>,
     error: Option<ConvertError>,
+    watch: Option<Arc<Watch>>,
     /// A planted fault left leaves where `attach` expects none.
     occupied: bool,
 }
 
 impl<'a, S> Conversion<'a, S> {
-    fn next<T: IsStage>(self) -> Conversion<'a, T> {
-        self.core.space.reached(T::STAGE);
+    fn next<T>(self) -> Conversion<'a, T> {
         Conversion { core: self.core, stage: PhantomData }
+    }
+}
+
+impl fmt::Debug for Core<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Core").field("pieces", &self.pieces).field("error", &self.error).finish_non_exhaustive()
     }
 }
 
@@ -137,11 +109,11 @@ impl Space {
         if pieces.is_empty() {
             return Ok(Done::default());
         }
-        self.reached(Stage::Planned);
-        Conversion::reserve(self, held, pieces)?.freeze().detach()?.switch().commit().attach().thaw()
+        Conversion::reserve(self, held, pieces)?.freeze().detach()?.settle()?.switch().commit().discard().attach().thaw()
     }
 
-    /// Maps again what devices may see of `span`, after [`ConvertError::NotMapped`].
+    /// Maps again what devices may see of `span`, after [`ConvertError::NotMapped`], and gives back what is left on the other side of a pair, after
+    /// [`ConvertError::NotDiscarded`].
     ///
     /// # Errors
     /// As that one.
@@ -155,6 +127,15 @@ impl Space {
                     held.pages.fill(pages, &mut edit)
                 });
                 filled.map_err(|error| ConvertError::NotMapped { span, reason: error.to_string() })?;
+                for (run, state) in held.pages.backing().states(pages) {
+                    let other = match state {
+                        PageState::Shared => PageState::Private,
+                        PageState::Private => PageState::Shared,
+                        PageState::Absent => continue,
+                    };
+                    let discarded = held.pages.backing().discard_side(&held.guard, run, other);
+                    discarded.map_err(|error| ConvertError::NotDiscarded { span, reason: error.to_string() })?;
+                }
             }
         }
         Ok(())
@@ -163,9 +144,11 @@ impl Space {
 
 impl<'a> Conversion<'a, Reserved> {
     fn reserve(space: &'a Space, held: Vec<Held<'a>>, pieces: Vec<Piece>) -> Result<Self, ConvertError> {
-        let mut core = Core { space, held, pieces, edit: Edit::new(), frozen: Vec::new(), error: None, occupied: false };
+        let mut core =
+            Core { space, held, pieces, edit: Edit::new(), frozen: Vec::new(), error: None, watch: space.watch(), occupied: false };
+        core.show(Step::Plan);
         core.reserve()?;
-        space.reached(Reserved::STAGE);
+        core.show(Step::Reserve);
         Ok(Self { core, stage: PhantomData })
     }
 
@@ -173,6 +156,7 @@ impl<'a> Conversion<'a, Reserved> {
     fn freeze(mut self) -> Conversion<'a, Frozen> {
         self.core.frozen.extend(self.core.pieces.iter().map(|piece| piece.gpa));
         self.core.space.stage2.freeze(&self.core.frozen);
+        self.core.show(Step::Freeze);
         self.next()
     }
 }
@@ -188,11 +172,26 @@ impl<'a> Conversion<'a, Frozen> {
             core.held[piece.held].pages.clear(piece.pages, &mut core.edit);
         }
         core.edit.flush();
+        self.core.show(Step::Detach);
         Ok(self.next())
     }
 }
 
 impl<'a> Conversion<'a, Detached> {
+    /// Asks whether anybody but devices holds on to the pages; if so, all is put back.
+    fn settle(mut self) -> Result<Conversion<'a, Settled>, ConvertError> {
+        if let Err(Busy { at }) = self.core.space.stage2.settle(&self.core.frozen) {
+            // Under the old owner, with tables that were reserved.
+            self.core.fill(|_| true);
+            let span = self.core.frozen.iter().find(|span| span.contains(at)).copied().unwrap_or(Span::one(at));
+            return Err(self.core.error.take().unwrap_or(ConvertError::Busy { span, at }));
+        }
+        self.core.show(Step::Settle);
+        Ok(self.next())
+    }
+}
+
+impl<'a> Conversion<'a, Settled> {
     /// Changes the owner in the secure world's table. A refusal ends the batch: what is done goes on, what is not stays.
     fn switch(mut self) -> Conversion<'a, Switched> {
         if fail::planted("convert.map_before_switch") {
@@ -201,7 +200,7 @@ impl<'a> Conversion<'a, Detached> {
             self.core.occupied = true;
         }
         self.core.switch();
-        self.core.space.show_transition(false, &self.core.pieces, &self.core.held);
+        self.core.show(Step::Switch);
         self.next()
     }
 }
@@ -211,16 +210,28 @@ impl<'a> Conversion<'a, Switched> {
     fn commit(mut self) -> Conversion<'a, Committed> {
         self.core.set_states(|piece| piece.fate == Fate::Switched);
         self.core.commit();
+        self.core.show(Step::Commit);
         self.next()
     }
 }
 
 impl<'a> Conversion<'a, Committed> {
+    /// Gives back what the pages of a pair had on the side that they left: no table leads there any more, and until stage 2 was told a vCPU could
+    /// have brought it back.
+    fn discard(mut self) -> Conversion<'a, Discarded> {
+        self.core.discard();
+        self.core.show(Step::Discard);
+        self.next()
+    }
+}
+
+impl<'a> Conversion<'a, Discarded> {
     /// Maps what devices may see now, of the pages that changed and of those that did not.
     fn attach(mut self) -> Conversion<'a, Attached> {
         if !self.core.occupied {
             self.core.fill(|piece| matches!(piece.fate, Fate::Kept | Fate::Committed));
         }
+        self.core.show(Step::Attach);
         self.next()
     }
 }
@@ -228,9 +239,8 @@ impl<'a> Conversion<'a, Committed> {
 impl Conversion<'_, Attached> {
     /// Lets vCPUs in again, and answers: the acknowledgement comes last.
     fn thaw(mut self) -> Result<Done, ConvertError> {
-        self.core.space.show_transition(true, &self.core.pieces, &self.core.held);
         self.core.thaw();
-        self.core.space.reached(Stage::Thawed);
+        self.core.show(Step::Thaw);
         self.core.count()
     }
 }
@@ -360,6 +370,21 @@ impl Core<'_> {
         let done = self.pages_with(Fate::Committed);
         if let Some(ConvertError::Stage2 { done_pages, .. }) = &mut self.error {
             *done_pages = done;
+        }
+    }
+
+    fn discard(&mut self) {
+        for piece in self.pieces.iter().filter(|piece| piece.fate == Fate::Committed) {
+            let Held { pages, guard } = &self.held[piece.held];
+            if let Err(error) = pages.backing().discard_side(guard, piece.pages, piece.to.other().into()) {
+                self.error.get_or_insert(ConvertError::NotDiscarded { span: piece.gpa, reason: error.to_string() });
+            }
+        }
+    }
+
+    fn show(&self, step: Step) {
+        if let Some(watch) = &self.watch {
+            watch(&Transition::new(step, &self.pieces, &self.held));
         }
     }
 

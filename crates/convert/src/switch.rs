@@ -3,7 +3,7 @@
 use crate::Owner;
 use crate::plan::Piece;
 use addr::{Address, Gpa, Lg2, Oa, PAGE_LG2, Page, Span};
-use backing::Backing;
+use backing::{Backing, PageState};
 use ioas::{Area, Pages};
 use iommu::SystemRmp;
 use secure::{Code, RmpSize, RmpState};
@@ -37,7 +37,7 @@ pub(crate) fn partial_blocks<'a>(rmp: &'a SystemRmp, backing: &'a Backing, pages
 }
 
 fn is_large(rmp: &SystemRmp, backing: &Backing, block: Span<Page>) -> bool {
-    rmp.size_at(backing.oa(block.start())) == RmpSize::M2
+    rmp.size_at(backing.oa_as(block.start(), PageState::Private)) == RmpSize::M2
 }
 
 /// PSMASH. An entry that is small already needs none.
@@ -49,7 +49,8 @@ pub(crate) fn smash(rmp: &SystemRmp, oa: Oa) -> Result<(), Code> {
 pub(crate) fn switch(rmp: &SystemRmp, pages: &Pages, piece: &Piece, asid: u32) -> Option<Failed> {
     let backing = pages.backing();
     let areas = if piece.to == Owner::Private { pages.areas_over(piece.pages) } else { Vec::new() };
-    for (run, oa) in backing.extents(piece.pages) {
+    // Only where they are private do pages have an entry, whichever way they go.
+    for (run, oa) in backing.extents_as(piece.pages, PageState::Private) {
         let gpa = piece.gpa.start().plus(run.start().offset_from(piece.pages.start()) << PAGE_LG2);
         let mut at = 0;
         while at < run.len() {
@@ -119,7 +120,7 @@ pub(crate) fn retry<T, E: PartialEq>(busy: E, mut attempt: impl FnMut() -> Resul
 
 /// Takes pages out of use for good.
 pub(crate) fn leak(rmp: &SystemRmp, backing: &Backing, pages: Span<Page>) {
-    for (run, oa) in backing.extents(pages) {
+    for (run, oa) in backing.extents_as(pages, PageState::Private) {
         for page in 0..run.len() {
             rmp.leak(oa.plus(page << PAGE_LG2));
         }

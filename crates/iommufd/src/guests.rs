@@ -295,9 +295,14 @@ fn refusal(error: &ConvertError) -> Refusal {
         ConvertError::NoMemory { .. } => Errno::NOENT,
         ConvertError::Reserve { .. } | ConvertError::NotMapped { .. } => Errno::NOMEM,
         ConvertError::NotOurs { .. } => Errno::EXIST,
+        ConvertError::Busy { .. } => Errno::AGAIN,
         ConvertError::Refused { code: Code::FailInUse | Code::FailOverlap, .. } => Errno::BUSY,
         ConvertError::Refused { code: Code::FailInput, .. } => Errno::INVAL,
-        ConvertError::Refused { .. } | ConvertError::Leaked { .. } | ConvertError::Leaks { .. } | ConvertError::Stage2 { .. } => Errno::IO,
+        ConvertError::Refused { .. }
+        | ConvertError::Leaked { .. }
+        | ConvertError::Leaks { .. }
+        | ConvertError::Stage2 { .. }
+        | ConvertError::NotDiscarded { .. } => Errno::IO,
     };
     Refusal::new(errno, error.to_string())
 }

@@ -307,11 +307,12 @@ impl GuestDma {
         let Ok(span) = Span::from_len(gpa, len as u64) else { return if len == 0 { Ok(()) } else { Err(Error::NoMemory(gpa)) } };
         for chunk in span.blocks(PAGE_LG2) {
             let (backing, page) = self.space.page_at(chunk.start()).ok_or(Error::NoMemory(chunk.start()))?;
-            let host = backing.host(backing.oa(page), addr::PAGE_BYTES).ok_or(Error::NoMemory(chunk.start()))?;
             let _held = (of == Of::Shared).then(|| backing.lock(Span::one(page)));
-            if of == Of::Shared && backing.state(page) != PageState::Shared {
+            let hidden = backing.private_file().is_some() && backing.state(page) == PageState::Private;
+            if hidden || of == Of::Shared && backing.state(page) != PageState::Shared {
                 return Err(Error::Private(chunk.start()));
             }
+            let host = backing.host(backing.oa_as(page, PageState::Shared), addr::PAGE_BYTES).ok_or(Error::NoMemory(chunk.start()))?;
             let at = (chunk.start().get() - gpa.get()) as usize;
             if !act(host, chunk.start().get() % addr::PAGE_BYTES, at, chunk.len() as usize) {
                 return Err(Error::Vanished(chunk.start()));

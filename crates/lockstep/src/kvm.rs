@@ -10,6 +10,7 @@
 mod attributes;
 mod boot;
 mod caps;
+mod copier;
 mod error;
 mod exit;
 mod hypercall;
@@ -20,6 +21,7 @@ mod slots;
 pub use attributes::Applied;
 pub use boot::{Start, Writer, identity_tables, identity_tables_bytes};
 pub use caps::{ATTRIBUTE_PRIVATE, Caps, MemfdFlags};
+pub use copier::{Copier, CopierAt};
 pub use error::KvmError;
 pub use exit::{Exit, ExitCounts, HC_MAP_GPA_RANGE, MapGpaRange};
 pub use hypercall::{HypercallInstruction, hypercall_instruction};

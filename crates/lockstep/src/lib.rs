@@ -13,7 +13,7 @@ mod merger;
 mod requests;
 mod stage2;
 
-pub use convert::{AuditReport, Change, ConvertError, Difference, Owner, Policy, RecordedStage2, Stage, Stage2};
+pub use convert::{AuditReport, Change, ConvertError, Difference, Owner, Policy, RecordedStage2, Stage2, Step};
 pub use guest_dma::{Config, Error, GuestDma};
 pub use iommu::{Device, Dma, EngineDevice, Fault, Tdisp, Trust};
 pub use merger::{Merger, MergerStats, Pace};

@@ -7,7 +7,7 @@ use addr::Gpa;
 use backing::Frames;
 use common::{ASID, Guest, MIB, change, iova, span};
 use iommu::{FaultKind, RefusedBy};
-use lockstep_iommu::{ConvertError, Owner, Policy, Stage, Tdisp, Trust};
+use lockstep_iommu::{ConvertError, Owner, Policy, Step, Tdisp, Trust};
 use secure::RmpSize;
 use std::sync::{Arc, Mutex};
 
@@ -178,8 +178,8 @@ fn neighbours_are_converted_as_one() {
     let pieces = Arc::new(Mutex::new(Vec::new()));
     let seen = Arc::clone(&pieces);
     guest.dma.space().on_transition(move |transition| {
-        if !transition.done {
-            seen.lock().unwrap().push(transition.pages.iter().map(|(gpa, ..)| *gpa).collect::<Vec<_>>());
+        if transition.step() == Step::Switch {
+            seen.lock().unwrap().push(transition.pages().map(|(gpa, ..)| gpa).collect::<Vec<_>>());
         }
     });
     let mut changes: Vec<_> = (0..8).rev().map(|page| change(0x5000 + page * 0x1000, 0x1000, Owner::Private)).collect();
@@ -194,16 +194,15 @@ fn neighbours_are_converted_as_one() {
     guest.clean();
 }
 
-/// Whoever watches sees every stage, in the order of design D-6, and nothing of a conversion that has nothing to do.
+/// Whoever watches sees every step, in the order of design D-6, and nothing of a conversion that has nothing to do.
 #[test]
-fn stages_are_reached_in_their_order() {
+fn steps_are_made_in_their_order() {
     let guest = Guest::new(16 * MIB, Frames::Contiguous, Policy::Mirror);
-    let stages = Arc::new(Mutex::new(Vec::new()));
-    let seen = Arc::clone(&stages);
-    assert!(guest.dma.space().on_stage(move |stage| seen.lock().unwrap().push(stage)));
-    assert!(!guest.dma.space().on_stage(|_| {}), "there is one already");
+    let steps = Arc::new(Mutex::new(Vec::new()));
+    let seen = Arc::clone(&steps);
+    guest.dma.space().on_transition(move |transition| seen.lock().unwrap().push(transition.step()));
     guest.convert(0x5000, 0x1000, Owner::Private);
-    assert_eq!(*stages.lock().unwrap(), Stage::ALL);
+    assert_eq!(*steps.lock().unwrap(), Step::ALL);
     guest.convert(0x5000, 0x1000, Owner::Private);
-    assert_eq!(stages.lock().unwrap().len(), Stage::ALL.len());
+    assert_eq!(steps.lock().unwrap().len(), Step::ALL.len());
 }

@@ -8,7 +8,7 @@ use crate::{Error, Row, Unit, Work, batches, choices, in_format};
 use addr::{Gpa, Iova, Span};
 use backing::{Backing, Frames};
 use iommu::Access;
-use lockstep::{Change, Config, Device, Dma, GuestDma, Owner, RecordedStage2, Stage, Trust};
+use lockstep::{Change, Config, Device, Dma, GuestDma, Owner, RecordedStage2, Step, Trust};
 use pt::FormatKind;
 use std::hint::black_box;
 use std::sync::Arc;
@@ -40,20 +40,24 @@ pub fn rows() -> Vec<Row> {
         row!("convert_4k_spread253_to_shared", pages, |format| batch(format, spread(), Owner::Shared)),
         row!("today_4k_batch253_to_private", pages, |format| today::batch(format, true)),
         row!("today_4k_batch253_to_shared", pages, |format| today::batch(format, false)),
-        row!("step_plan_and_reserve", Unit::Call, |format| steps::step(format, Stage::Reserved, in_a_row())),
-        row!("step_freeze", Unit::Call, |format| steps::step(format, Stage::Frozen, in_a_row())),
-        row!("step_detach", Unit::Call, |format| steps::step(format, Stage::Detached, in_a_row())),
-        row!("step_switch", Unit::Call, |format| steps::step(format, Stage::Switched, in_a_row())),
-        row!("step_commit", Unit::Call, |format| steps::step(format, Stage::Committed, in_a_row())),
-        row!("step_attach", Unit::Call, |format| steps::step(format, Stage::Attached, in_a_row())),
-        row!("step_thaw", Unit::Call, |format| steps::step(format, Stage::Thawed, in_a_row())),
-        row!("step_plan_and_reserve_spread", Unit::Call, |format| steps::step(format, Stage::Reserved, spread())),
-        row!("step_freeze_spread", Unit::Call, |format| steps::step(format, Stage::Frozen, spread())),
-        row!("step_detach_spread", Unit::Call, |format| steps::step(format, Stage::Detached, spread())),
-        row!("step_switch_spread", Unit::Call, |format| steps::step(format, Stage::Switched, spread())),
-        row!("step_commit_spread", Unit::Call, |format| steps::step(format, Stage::Committed, spread())),
-        row!("step_attach_spread", Unit::Call, |format| steps::step(format, Stage::Attached, spread())),
-        row!("step_thaw_spread", Unit::Call, |format| steps::step(format, Stage::Thawed, spread())),
+        row!("step_reserve", Unit::Call, |format| steps::step(format, Step::Reserve, in_a_row())),
+        row!("step_freeze", Unit::Call, |format| steps::step(format, Step::Freeze, in_a_row())),
+        row!("step_detach", Unit::Call, |format| steps::step(format, Step::Detach, in_a_row())),
+        row!("step_settle", Unit::Call, |format| steps::step(format, Step::Settle, in_a_row())),
+        row!("step_switch", Unit::Call, |format| steps::step(format, Step::Switch, in_a_row())),
+        row!("step_commit", Unit::Call, |format| steps::step(format, Step::Commit, in_a_row())),
+        row!("step_discard", Unit::Call, |format| steps::step(format, Step::Discard, in_a_row())),
+        row!("step_attach", Unit::Call, |format| steps::step(format, Step::Attach, in_a_row())),
+        row!("step_thaw", Unit::Call, |format| steps::step(format, Step::Thaw, in_a_row())),
+        row!("step_reserve_spread", Unit::Call, |format| steps::step(format, Step::Reserve, spread())),
+        row!("step_freeze_spread", Unit::Call, |format| steps::step(format, Step::Freeze, spread())),
+        row!("step_detach_spread", Unit::Call, |format| steps::step(format, Step::Detach, spread())),
+        row!("step_settle_spread", Unit::Call, |format| steps::step(format, Step::Settle, spread())),
+        row!("step_switch_spread", Unit::Call, |format| steps::step(format, Step::Switch, spread())),
+        row!("step_commit_spread", Unit::Call, |format| steps::step(format, Step::Commit, spread())),
+        row!("step_discard_spread", Unit::Call, |format| steps::step(format, Step::Discard, spread())),
+        row!("step_attach_spread", Unit::Call, |format| steps::step(format, Step::Attach, spread())),
+        row!("step_thaw_spread", Unit::Call, |format| steps::step(format, Step::Thaw, spread())),
         row!("convert_64g_of_1g_leaves_to_private", Unit::Page(G64 / K4), |format| all_of_it(format, Owner::Private)),
         row!("convert_64g_of_1g_leaves_to_shared", Unit::Page(G64 / K4), |format| all_of_it(format, Owner::Shared)),
     ]

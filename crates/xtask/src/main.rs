@@ -3,6 +3,7 @@
 mod conformance;
 mod coverage;
 mod instructions;
+mod vm;
 
 use clap::{Parser, Subcommand};
 use std::path::{Path, PathBuf};
@@ -28,6 +29,10 @@ enum Chore {
     Conformance(conformance::Options),
     /// Count the instructions of page-table calls, with callgrind
     Instructions(instructions::Options),
+    /// Run a program in an emulated machine, under a kernel that has what this machine's has not
+    Vm(vm::Options),
+    #[command(hide = true, name = vm::init::ARGUMENT)]
+    FirstProcess,
 }
 
 fn main() -> ExitCode {
@@ -35,6 +40,8 @@ fn main() -> ExitCode {
         Chore::Coverage { check } => coverage::main(check),
         Chore::Conformance(options) => conformance::main(&options),
         Chore::Instructions(options) => instructions::main(&options),
+        Chore::Vm(options) => vm::main(&options),
+        Chore::FirstProcess => vm::init::main(),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -7,7 +7,7 @@ use crate::run::vcpu::{self, KvmGuest};
 use crate::run::{balloon, guest_findings};
 use addr::{Gpa, PAGE_BYTES, Span};
 use backing::{Backing, PageState};
-use convert::{Auditor, Evidence, Says};
+use convert::{Auditor, Evidence, Says, Step};
 use guest::{Layout, Report, Setup};
 use lockstep::{Config, Device, EngineDevice, GuestDma, Policy, RecordedStage2, Stage2, Tdisp, Trust};
 use std::sync::Arc;
@@ -132,6 +132,7 @@ impl Machine {
             backing::Kind::Memfd => "memfd",
             backing::Kind::User => "user memory",
             backing::Kind::Foreign => "memory of another process",
+            backing::Kind::Pair => "a memfd and a guest_memfd",
             backing::Kind::Simulated => "nothing",
         }
     }
@@ -215,7 +216,10 @@ pub(crate) fn stop_guest(dma: &GuestDma) {
 fn watch_transitions(dma: &Arc<GuestDma>, checks: &Arc<Checks>) {
     let (space, checks) = (Arc::downgrade(dma.space()), Arc::clone(checks));
     dma.space().on_transition(move |transition| {
-        if let Some(space) = space.upgrade() {
+        // When the owner has just changed, and at the end.
+        if matches!(transition.step(), Step::Switch | Step::Attach)
+            && let Some(space) = space.upgrade()
+        {
             checks.take(Auditor::new(&space).check_transition(transition));
             add(&checks.transitions, 1);
         }

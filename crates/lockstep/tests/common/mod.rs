@@ -25,11 +25,14 @@ impl Guest {
     }
 
     pub fn at(gpa: Gpa, bytes: u64, frames: Frames, policy: Policy) -> Self {
+        Self::of(gpa, Backing::memfd(bytes, frames).unwrap(), policy)
+    }
+
+    pub fn of(gpa: Gpa, backing: Arc<Backing>, policy: Policy) -> Self {
         let iommu = iommu::Config { table_bytes: 64 * MIB, ..iommu::Config::default() };
         let stage2 = Arc::new(RecordedStage2::new());
         let dma = GuestDma::new(&Config { policy, asid: ASID, iommu, ..Config::default() }, stage2.clone()).unwrap();
-        let backing = Backing::memfd(bytes, frames).unwrap();
-        dma.add_memory(gpa, bytes, &backing, 0).unwrap();
+        dma.add_memory(gpa, backing.len_bytes(), &backing, 0).unwrap();
         let run = Trust::Trusted { asid: ASID, vmpl: secure::Vmpl::V0, tdisp: Tdisp::Run, sdte_valid: true, vtom: None };
         let trusted = dma.add_device("trusted", run).unwrap();
         let untrusted = dma.add_device("untrusted", Trust::Untrusted).unwrap();

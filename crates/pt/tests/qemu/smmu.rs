@@ -8,7 +8,6 @@ use addr::{Iova, Oa, Span};
 use lockstep_pt::{Leaf, Perm};
 
 const REGISTERS: u64 = 0x0905_0000;
-const IDR3: u64 = REGISTERS + 0x0c;
 const IDR5: u64 = REGISTERS + 0x14;
 const CR0: u64 = REGISTERS + 0x20;
 const CR0ACK: u64 = REGISTERS + 0x24;

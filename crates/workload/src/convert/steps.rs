@@ -3,7 +3,7 @@
 
 use super::{BATCH, Machine, changes};
 use crate::{Error, Work};
-use lockstep::{Change, Owner, Stage};
+use lockstep::{Change, Owner, Step};
 use pt::FormatKind;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,41 +13,44 @@ use std::time::{Duration, Instant};
 /// stands for the rest.
 const MOST: u64 = 100;
 
-/// Nanoseconds between one stage and the next, summed up.
+fn place(step: Step) -> usize {
+    Step::ALL.iter().position(|other| *other == step).unwrap_or(0)
+}
+
+/// Nanoseconds of each step, summed up.
 struct Clocks {
-    reached: Mutex<Instant>,
-    took: [AtomicU64; Stage::ALL.len()],
+    latest: Mutex<Instant>,
+    took: [AtomicU64; Step::ALL.len()],
 }
 
 impl Clocks {
-    fn reached(&self, stage: Stage) {
+    fn is_over(&self, step: Step) {
         let now = Instant::now();
-        let before = std::mem::replace(&mut *self.reached.lock().unwrap_or_else(PoisonError::into_inner), now);
-        self.took[stage as usize].fetch_add(now.duration_since(before).as_nanos() as u64, Ordering::Relaxed);
+        let before = std::mem::replace(&mut *self.latest.lock().unwrap_or_else(PoisonError::into_inner), now);
+        self.took[place(step)].fetch_add(now.duration_since(before).as_nanos() as u64, Ordering::Relaxed);
     }
 }
 
-struct Step {
+struct Stopwatch {
     machine: Machine,
     clocks: Arc<Clocks>,
-    /// The step ends when this is reached.
-    until: Stage,
+    step: Step,
     there: Vec<Change>,
     back: Vec<Change>,
 }
 
-/// The step that ends with `until`, of a batch that becomes private. The way back is off the clock.
-pub(super) fn step(format: FormatKind, until: Stage, pages: Vec<u64>) -> Result<Box<dyn Work>, Error> {
+/// One step of a batch that becomes private. The way back is off the clock.
+pub(super) fn step(format: FormatKind, step: Step, pages: Vec<u64>) -> Result<Box<dyn Work>, Error> {
     let machine = Machine::new(format)?;
-    let clocks = Arc::new(Clocks { reached: Mutex::new(Instant::now()), took: Default::default() });
+    let clocks = Arc::new(Clocks { latest: Mutex::new(Instant::now()), took: Default::default() });
     let watching = Arc::clone(&clocks);
-    machine.guest.space().on_stage(move |stage| watching.reached(stage));
-    Ok(Box::new(Step { machine, clocks, until, there: changes(&pages, Owner::Private), back: changes(&pages, Owner::Shared) }))
+    machine.guest.space().on_transition(move |transition| watching.is_over(transition.step()));
+    Ok(Box::new(Stopwatch { machine, clocks, step, there: changes(&pages, Owner::Private), back: changes(&pages, Owner::Shared) }))
 }
 
-impl Work for Step {
+impl Work for Stopwatch {
     fn run(&mut self, times: u64) -> Duration {
-        let took = &self.clocks.took[self.until as usize];
+        let took = &self.clocks.took[place(self.step)];
         let mut sum = 0;
         let now = times.min(MOST);
         for _ in 0..now {

@@ -1,0 +1,282 @@
+//! Memory of two files, one for shared pages and one for private ones that no host program maps: a conversion changes which of the two is behind a
+//! page, in all three tables, and gives the memory of the other back.
+
+mod common;
+
+use addr::{Gpa, Page, Span};
+use backing::{Backing, CopyFault, Frames, HostAddr, Owner as Bytes, PageName, PageState, PinError};
+use common::{ASID, Guest, MIB, change, iova, span};
+use convert::{Auditor, Step};
+use iommu::{FaultKind, RefusedBy};
+use lockstep_iommu::{ConvertError, Owner, Policy};
+use rustix::fs::{MemfdFlags, SeekFrom, ftruncate, memfd_create, seek};
+use secure::RmpSize;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex};
+
+const BYTES: u64 = 16 * MIB;
+
+fn file() -> OwnedFd {
+    let file = memfd_create("side", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&file, BYTES).unwrap();
+    file
+}
+
+/// Stands for the vCPU that copies: it alone touches the private file.
+#[derive(Debug)]
+struct Copier(OwnedFd);
+
+impl Bytes for Copier {
+    fn pin(&self, _: Span<Page>, _: bool) -> Result<(), PinError> {
+        unreachable!("a copier is not asked for pins")
+    }
+    fn unpin(&self, _: Span<Page>) {
+        unreachable!("a copier is not asked for pins")
+    }
+    fn host(&self, _: u64, _: u64) -> Option<HostAddr> {
+        None
+    }
+    fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), CopyFault> {
+        rustix::io::pread(&self.0, into, offset).map(drop).map_err(|_| CopyFault { done: 0 })
+    }
+    fn write(&self, offset: u64, from: &[u8]) -> Result<(), CopyFault> {
+        rustix::io::pwrite(&self.0, from, offset).map(drop).map_err(|_| CopyFault { done: 0 })
+    }
+    fn name(&self, page: Page) -> PageName {
+        PageName::Memory { space: 0, page: page.get() }
+    }
+}
+
+fn guest(frames: Frames, policy: Policy) -> Guest {
+    let (shared, private) = (file(), file());
+    let copier = Arc::new(Copier(private.try_clone().unwrap()));
+    let backing = Backing::pair(shared, private, BYTES, Some(copier), frames).unwrap();
+    Guest::of(Gpa::new(0), backing, policy)
+}
+
+fn has_data(file: BorrowedFd<'_>, at: u64) -> bool {
+    seek(file, SeekFrom::Data(at)).is_ok_and(|found| found < at + 0x1000)
+}
+
+/// Bytes of a file, past every check.
+fn peek(file: BorrowedFd<'_>, at: u64) -> [u8; 7] {
+    let mut bytes = [0; 7];
+    rustix::io::pread(file, &mut bytes, at).unwrap();
+    bytes
+}
+
+#[test]
+fn a_page_changes_sides() {
+    for frames in [Frames::Contiguous, Frames::Scattered { seed: 3 }] {
+        let guest = guest(frames, Policy::Mirror);
+        let (shared, private) = (guest.backing.file().unwrap(), guest.backing.private_file().unwrap());
+        let (mut trusted, mut untrusted) = (guest.context(&guest.trusted), guest.context(&guest.untrusted));
+        guest.clean();
+        untrusted.write(iova(0x5000), b"shared!").unwrap();
+        untrusted.write(iova(0x6000), b"neighb.").unwrap();
+        assert_eq!((peek(shared, 0x5000), has_data(private, 0x5000)), (*b"shared!", false));
+
+        assert_eq!(guest.convert(0x5000, 0x1000, Owner::Private), 1);
+        guest.clean();
+        assert!(!has_data(shared, 0x5000) && has_data(shared, 0x6000), "the page that it left is given back, and no other");
+        let fault = untrusted.write(iova(0x5000), b"x").unwrap_err();
+        assert_eq!((fault.table, fault.reason), (RefusedBy::SecureWorld, FaultKind::Secure));
+        assert!(trusted.write(iova(0x5000), b"x").is_err(), "the guest has not validated it");
+        guest.pvalidate(0x5000, 0x1000, true);
+        trusted.write(iova(0x5000), b"private").unwrap();
+        let mut bytes = [0; 7];
+        trusted.read(iova(0x5000), &mut bytes).unwrap();
+        assert_eq!((bytes, peek(private, 0x5000), has_data(shared, 0x5000)), (*b"private", *b"private", false));
+        // Across the border of the two files, and from one to the other.
+        trusted.write(iova(0x4ffe), &[7; 0x1004]).unwrap();
+        assert_eq!((peek(shared, 0x6000), peek(private, 0x5ff9)), (*b"\x07\x07ighb.", [7; 7]));
+        trusted.copy(iova(0x6000), iova(0x5000), 7).unwrap();
+        assert_eq!(peek(private, 0x5000), *b"\x07\x07ighb.");
+        assert!(guest.dma.read(Gpa::new(0x5000), &mut bytes).is_err(), "no program of the host reads private memory");
+
+        guest.pvalidate(0x5000, 0x1000, false);
+        assert_eq!(guest.convert(0x5000, 0x1000, Owner::Shared), 1);
+        guest.clean();
+        assert!(!has_data(private, 0x5000), "private bytes are gone");
+        untrusted.read(iova(0x5000), &mut bytes).unwrap();
+        assert_eq!(bytes, [0; 7]);
+        untrusted.write(iova(0x5000), b"again..").unwrap();
+        assert_eq!(peek(shared, 0x5000), *b"again..");
+    }
+}
+
+#[test]
+fn large_private_pages_lie_in_a_row_of_their_own() {
+    let guest = guest(Frames::Contiguous, Policy::Mirror);
+    let mut trusted = guest.context(&guest.trusted);
+    assert_eq!(guest.convert(4 * MIB, 4 * MIB, Owner::Private), 1024);
+    guest.clean();
+    let page = Page::new((4 * MIB) >> 12);
+    let oa = guest.backing.oa(page);
+    assert_eq!(guest.dma.rmp().size_at(oa), RmpSize::M2);
+    assert_ne!(oa, guest.backing.oa_as(page, PageState::Shared));
+    assert_eq!(guest.backing.page_of(oa), Some(page));
+    guest.dma.space().pvalidate(Gpa::new(4 * MIB), RmpSize::M2, true).unwrap();
+    trusted.write(iova(4 * MIB + 5), b"through a 2 MiB leaf").unwrap();
+    assert_eq!(guest.convert(4 * MIB + 0x7000, 0x1000, Owner::Shared), 1);
+    guest.clean();
+    trusted.write(iova(4 * MIB + 5), b"still valid").unwrap();
+    guest.convert(0, BYTES, Owner::Private);
+    guest.clean();
+    guest.convert(0, BYTES, Owner::Shared);
+    guest.dma.merge(Gpa::new(0), u64::MAX);
+    guest.clean();
+    let mut leaves = 0;
+    guest.dma.ioas().domains()[0].table().leaves(Span::whole(), |_| leaves += 1);
+    assert_eq!(leaves, 1, "16 MiB of one file are one leaf again");
+}
+
+/// What is true of a page after a step, in every table and in both files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Seen {
+    step: Step,
+    leaf: Option<PageState>,
+    assigned: bool,
+    told: bool,
+    shared_bytes: bool,
+    private_bytes: bool,
+}
+
+fn steps_of(to: Owner) -> (Vec<Seen>, u64) {
+    let guest = guest(Frames::Contiguous, Policy::Mirror);
+    let (gpa, page) = (Gpa::new(0x9000), Page::new(9));
+    guest.dma.write(gpa, b"shared").unwrap();
+    if to == Owner::Shared {
+        guest.convert(0x9000, 0x1000, Owner::Private);
+        guest.pvalidate(0x9000, 0x1000, true);
+        guest.context(&guest.trusted).write(iova(0x9000), b"private").unwrap();
+        guest.pvalidate(0x9000, 0x1000, false);
+    }
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let (space, log) = (Arc::downgrade(guest.dma.space()), Arc::clone(&seen));
+    let (domain, backing, differences) = (guest.dma.ioas().domains().remove(0), Arc::clone(&guest.backing), Arc::new(Mutex::new(0)));
+    let count = Arc::clone(&differences);
+    guest.dma.space().on_transition(move |transition| {
+        if !(transition.is_detached() || transition.is_done()) || transition.step() == Step::Settle {
+            return;
+        }
+        let space = space.upgrade().unwrap();
+        *count.lock().unwrap() += Auditor::new(&space).check_transition(transition).count;
+        let sides = [PageState::Shared, PageState::Private];
+        let leaf = domain.table().walk(iova(0x9000));
+        let leaf = leaf.map(|leaf| sides.into_iter().find(|side| backing.oa_as(page, *side) == leaf.oa_of(iova(0x9000))).unwrap());
+        log.lock().unwrap().push(Seen {
+            step: transition.step(),
+            leaf,
+            assigned: space.rmp().entry(backing.oa_as(page, PageState::Private)).assigned(),
+            told: space.stage2().is_private(gpa),
+            shared_bytes: has_data(backing.file().unwrap(), 0x9000),
+            private_bytes: has_data(backing.private_file().unwrap(), 0x9000),
+        });
+    });
+    guest.convert(0x9000, 0x1000, to);
+    guest.clean();
+    let seen = seen.lock().unwrap().clone();
+    let differences = *differences.lock().unwrap();
+    (seen, differences)
+}
+
+/// Removed, completion seen, owner changed, stage 2 told, memory given back, added: in this order and no other.
+fn right(to: Owner) -> Vec<Seen> {
+    let private = to == Owner::Private;
+    let start = Seen { step: Step::Detach, leaf: None, assigned: !private, told: !private, shared_bytes: private, private_bytes: !private };
+    let switched = Seen { step: Step::Switch, assigned: private, ..start };
+    let told = Seen { step: Step::Commit, told: private, ..switched };
+    let discarded = Seen { step: Step::Discard, shared_bytes: false, private_bytes: false, ..told };
+    let attached = Seen { step: Step::Attach, leaf: Some(to.into()), ..discarded };
+    vec![start, switched, told, discarded, attached]
+}
+
+#[test]
+fn the_order_of_a_change_of_sides() {
+    for to in [Owner::Private, Owner::Shared] {
+        assert_eq!(steps_of(to), (right(to), 0), "{to:?}");
+    }
+}
+
+#[test]
+fn punched_and_populated_on_the_shared_side() {
+    let guest = guest(Frames::Contiguous, Policy::Mirror);
+    guest.dma.write(Gpa::new(0x8000), b"shared!").unwrap();
+    guest.convert(0xa000, 0x1000, Owner::Private);
+    assert!(guest.dma.punch(span(0x8000, 0x3000)).is_err(), "the guest gives private pages up first");
+    guest.dma.punch(span(0x8000, 0x2000)).unwrap();
+    guest.clean();
+    assert!(!has_data(guest.backing.file().unwrap(), 0x8000));
+    assert!(guest.context(&guest.untrusted).write(iova(0x8000), b"x").is_err());
+    guest.dma.populate(span(0x8000, 0x3000)).unwrap();
+    guest.clean();
+    guest.context(&guest.untrusted).write(iova(0x8000), b"x").unwrap();
+}
+
+/// Every step of a change of sides, failed once.
+#[test]
+fn a_step_that_fails() {
+    let mut fired = Vec::new();
+    for nth in 1.. {
+        let guest = guest(Frames::Contiguous, Policy::Mirror);
+        guest.dma.write(Gpa::new(0x3000), b"before!").unwrap();
+        let shared = guest.backing.file().unwrap();
+        let before = guest.dump();
+        let plan = sync::fail::nth(nth);
+        let result = guest.dma.convert(&[change(0x3000, 0x1000, Owner::Private)]);
+        let Some(step) = plan.fired() else {
+            result.unwrap();
+            break;
+        };
+        drop(plan);
+        match result.map_err(|error| (error.step(), error)) {
+            // Stage 2 has been told already, or the instruction was tried again.
+            Ok(_) => {}
+            // The owner has changed and nothing is rolled back; what was left behind goes when it is asked for again.
+            Err((Step::Discard, error)) => {
+                assert!(matches!(error, ConvertError::NotDiscarded { .. }) && step == "backing.punch", "{error}");
+                guest.clean();
+                assert_eq!((guest.backing.state(Page::new(3)), peek(shared, 0x3000)), (PageState::Private, *b"before!"));
+                guest.dma.space().restore(span(0x3000, 0x1000)).unwrap();
+            }
+            // A vCPU may still reach the old side, so it stays until stage 2 knows.
+            Err((Step::Commit, _)) => {
+                assert!(has_data(shared, 0x3000));
+                guest.convert(0x3000, 0x1000, Owner::Private);
+            }
+            // A refusal after the leaves were cut leaves smaller ones that say the same.
+            Err((at, error)) => {
+                assert!(matches!(at, Step::Settle | Step::Switch) || guest.dump() == before, "step {nth}, {step}: {error}");
+                guest.clean();
+                assert_eq!((guest.backing.state(Page::new(3)), peek(shared, 0x3000)), (PageState::Shared, *b"before!"));
+                guest.convert(0x3000, 0x1000, Owner::Private);
+            }
+        }
+        guest.clean();
+        assert!(!has_data(shared, 0x3000), "step {nth}, {step}");
+        fired.push(step);
+    }
+    println!("failed {fired:?}");
+    assert!(fired.contains(&"backing.punch") && fired.contains(&"secure.rmpupdate"), "{fired:?}");
+}
+
+#[test]
+fn without_a_copier_private_bytes_are_out_of_reach() {
+    let backing = Backing::pair(file(), file(), BYTES, None, Frames::Contiguous).unwrap();
+    let guest = Guest::of(Gpa::new(0), backing, Policy::Mirror);
+    guest.convert(0, 0x1000, Owner::Private);
+    guest.pvalidate(0, 0x1000, true);
+    let fault = guest.context(&guest.trusted).write(iova(0), b"x").unwrap_err();
+    assert_eq!((fault.table, fault.reason), (RefusedBy::Backing, FaultKind::NoHostMemory));
+    assert_eq!(guest.dma.rmp().entry(guest.backing.oa(Page::new(0))).asid(), ASID);
+}
+
+#[test]
+fn sides_of_the_wrong_kind_or_length_are_refused() {
+    let short = memfd_create("short", MemfdFlags::CLOEXEC).unwrap();
+    assert!(Backing::pair(file(), short, BYTES, None, Frames::Contiguous).is_err());
+    let disk = OwnedFd::from(std::fs::File::open("/proc/self/exe").unwrap());
+    assert!(Backing::pair(disk, file(), BYTES, None, Frames::Contiguous).is_err());
+    assert!(Backing::pair(file(), file(), 0x800, None, Frames::Contiguous).is_err());
+}
