@@ -56,11 +56,6 @@ impl Smmu {
         self.produced = (self.produced + 1) % INDICES;
         qtest.write32(COMMAND_PRODUCED, self.produced);
     }
-
-    /// Whether the model says that a leaf's size may change without break-before-make.
-    pub(crate) fn bbml(qtest: &mut Qtest) -> u32 {
-        qtest.read32(IDR3) >> 11 & 3
-    }
 }
 
 impl Walker for Smmu {
