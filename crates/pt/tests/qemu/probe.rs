@@ -89,7 +89,11 @@ impl<F: Format, W: Walker> Rig<F, W> {
                 let seen = self.device.qtest.read(oa.start().get(), oa.len() as usize);
                 if seen != memory.get(oa) {
                     let piece = access.pieces.iter().find(|piece| piece.oa() == Some(oa)).unwrap_or(&access.pieces[0]);
-                    self.fail(access, piece, &format!("memory at {oa} has then {}, and should have {}", said(&seen), said(&memory.get(oa))));
+                    self.fail(
+                        access,
+                        piece,
+                        &format!("memory at {oa} has then {}, and should have {}", said(&seen), said(&memory.get(oa))),
+                    );
                 }
             }
             self.check_faults(access, &faults);

@@ -71,9 +71,7 @@ impl Walker for RiscVIommu {
         // V and SADE.
         let context = [1 | 1 << 8, 0, PROCESS << 12, mode << 60 | root.get() >> 12];
         qtest.write_words(RISCV.structures() + u64::from(Self::DEVFN) * 64, &context);
-        for (base, at, status) in
-            [(COMMAND_BASE, Self::commands(), COMMAND_STATUS), (FAULT_BASE, Self::fault_records(), FAULT_STATUS)]
-        {
+        for (base, at, status) in [(COMMAND_BASE, Self::commands(), COMMAND_STATUS), (FAULT_BASE, Self::fault_records(), FAULT_STATUS)] {
             qtest.write64(self.registers + base, at >> 2 | LENGTH);
             qtest.write32(self.registers + status, 1);
             let now = qtest.read32(self.registers + status);

@@ -8,7 +8,6 @@ use addr::{Iova, Oa, Span};
 use lockstep_pt::{Leaf, Perm};
 
 const REGISTERS: u64 = 0x0905_0000;
-const IDR3: u64 = REGISTERS + 0x0c;
 const IDR5: u64 = REGISTERS + 0x14;
 const CR0: u64 = REGISTERS + 0x20;
 const CR0ACK: u64 = REGISTERS + 0x24;
@@ -56,11 +55,6 @@ impl Smmu {
         qtest.write_words(Self::commands() + slot * 16, &command);
         self.produced = (self.produced + 1) % INDICES;
         qtest.write32(COMMAND_PRODUCED, self.produced);
-    }
-
-    /// Whether the model says that a leaf's size may change without break-before-make.
-    pub(crate) fn bbml(qtest: &mut Qtest) -> u32 {
-        qtest.read32(IDR3) >> 11 & 3
     }
 }
 
