@@ -154,6 +154,6 @@ pub(crate) fn version(program: &str) -> Option<String> {
 pub(crate) fn has(program: &str, device: &str, property: Option<&str>) -> bool {
     let Ok(output) = Command::new(program).args(["-device", &format!("{device},help")]).output() else { return false };
     let help = String::from_utf8_lossy(&output.stdout);
-    output.status.success()
-        && property.is_none_or(|property| help.lines().any(|line| line.trim_start().starts_with(&format!("{property}="))))
+    let line = property.map_or_else(|| format!("{device} options"), |property| format!("{property}="));
+    help.lines().any(|own| own.trim_start().starts_with(&line))
 }
