@@ -20,8 +20,8 @@ mod slots;
 
 pub use attributes::Applied;
 pub use boot::{Start, Writer, identity_tables, identity_tables_bytes};
-pub use copier::{Copier, CopierAt};
 pub use caps::{ATTRIBUTE_PRIVATE, Caps, MemfdFlags};
+pub use copier::{Copier, CopierAt};
 pub use error::KvmError;
 pub use exit::{Exit, ExitCounts, HC_MAP_GPA_RANGE, MapGpaRange};
 pub use hypercall::{HypercallInstruction, hypercall_instruction};

@@ -268,7 +268,8 @@ fn no_program_of_the_host_sees_private_memory() {
     println!("mmap: {}", mapped.as_ref().unwrap_err());
     let read = rustix::io::pread(private, &mut [0; 8], 0x10_0000);
     let write = rustix::io::pwrite(private, &[0; 8], 0x10_0000);
-    println!("read: {}, write: {}", read.unwrap_err(), write.unwrap_err());
+    println!("pread: {}, pwrite: {}", read.unwrap_err(), write.unwrap_err());
+    println!("read: {}, write: {}", rustix::io::read(private, &mut [0; 8]).unwrap_err(), rustix::io::write(private, &[0; 8]).unwrap_err());
     // One that can be mapped has no shared pages to show: copies meet SIGBUS, and survive.
     if machine.vm.caps().memfd_flags.has(MemfdFlags::MMAP) {
         let file = machine.vm.create_guest_memfd(MIB, MemfdFlags::MMAP).unwrap();
@@ -465,7 +466,10 @@ fn a_guest_asks_by_touching() {
     let pair = Backing::pair(shared, guest_memfd, len, None, Frames::Contiguous).unwrap();
     machine.dma.add_memory(LATER, len, &pair, 0).unwrap();
     let report = machine.dma.audit();
-    assert!(report.differences.iter().all(|difference| difference.invariant == "I-11") && report.count == 1, "KVM and the RMP differ there");
+    assert!(
+        report.differences.iter().all(|difference| difference.invariant == "I-11") && report.count == 1,
+        "KVM and the RMP differ there"
+    );
     machine.dma.map_gpa_range(Gpa::new(at), 1, private).unwrap();
     machine.clean();
     assert_eq!(machine.cpu().go_on(), Exit::Halt);

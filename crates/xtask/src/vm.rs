@@ -81,7 +81,10 @@ fn kernel(options: &Options) -> Result<PathBuf, String> {
     let kernel = options.kernel.clone().unwrap_or_else(beside);
     match kernel.canonicalize() {
         Ok(kernel) => Ok(kernel),
-        Err(error) => Err(format!("no kernel to boot: {}: {error}; give one with --kernel (KVM, guest_memfd and SW_PROTECTED VMs built in)", kernel.display())),
+        Err(error) => Err(format!(
+            "no kernel to boot: {}: {error}; give one with --kernel (KVM, guest_memfd and SW_PROTECTED VMs built in)",
+            kernel.display()
+        )),
     }
 }
 
@@ -132,7 +135,19 @@ fn find(program: &str) -> Result<PathBuf, String> {
 /// Boots, shows the console, and answers the status of the command.
 fn run(options: &Options, kernel: &Path, initrd: &Path, status: &Path) -> Result<i32, String> {
     let mut qemu = Command::new(&options.qemu);
-    qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max"]);
+    qemu.args([
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-no-reboot",
+        "-machine",
+        "q35",
+        "-accel",
+        "tcg,thread=multi",
+        "-cpu",
+        "max",
+    ]);
     qemu.arg("-m").arg(options.memory.to_string()).arg("-smp").arg(options.cpus.to_string());
     qemu.args(["-serial", "stdio", "-serial"]).arg(format!("file:{}", status.display()));
     qemu.arg("-kernel").arg(kernel).arg("-initrd").arg(initrd);
