@@ -6,13 +6,15 @@ mod common;
 use addr::{Gpa, Page, Span};
 use backing::{Backing, CopyFault, Frames, HostAddr, Owner as Bytes, PageName, PageState, PinError};
 use common::{ASID, Guest, MIB, change, iova, span};
-use convert::{Auditor, Step};
+use convert::{Auditor, Stage2Error, Step};
 use iommu::{FaultKind, RefusedBy};
-use lockstep_iommu::{ConvertError, Owner, Policy};
+use lockstep_iommu::{ConvertError, Owner, Policy, RecordedStage2, Stage2};
 use rustix::fs::{MemfdFlags, SeekFrom, ftruncate, memfd_create, seek};
 use secure::RmpSize;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
 
 const BYTES: u64 = 16 * MIB;
 
@@ -197,6 +199,96 @@ fn the_order_of_a_change_of_sides() {
     for to in [Owner::Private, Owner::Shared] {
         assert_eq!(steps_of(to), (right(to), 0), "{to:?}");
     }
+}
+
+/// The stage 2 of a guest without KVM: its processors are threads of this process, which look up where a page is and wait while it is frozen.
+#[derive(Default)]
+struct ThreadStage2 {
+    told: RecordedStage2,
+    frozen: Mutex<Vec<Span<Gpa>>>,
+    thawed: Condvar,
+}
+
+impl Stage2 for ThreadStage2 {
+    fn freeze(&self, spans: &[Span<Gpa>]) {
+        // Whoever is in the middle of an access has the lock.
+        self.frozen.lock().unwrap().extend(spans);
+    }
+    fn commit(&self, span: Span<Gpa>, private: bool) -> Result<(), Stage2Error> {
+        self.told.commit(span, private)
+    }
+    fn thaw(&self, spans: &[Span<Gpa>]) {
+        self.frozen.lock().unwrap().retain(|frozen| !spans.contains(frozen));
+        self.thawed.notify_all();
+    }
+    fn is_private(&self, gpa: Gpa) -> bool {
+        self.told.is_private(gpa)
+    }
+    fn runs(&self, span: Span<Gpa>) -> Vec<(Span<Gpa>, bool)> {
+        self.told.runs(span)
+    }
+}
+
+impl ThreadStage2 {
+    /// One instruction of the guest: adds one to the word at `gpa`, wherever that is now. Answers what it was.
+    fn increment(&self, files: [BorrowedFd<'_>; 2], gpa: u64) -> u64 {
+        let frozen = self.frozen.lock().unwrap();
+        let inside = |frozen: &mut Vec<Span<Gpa>>| frozen.iter().any(|span| span.contains(Gpa::new(gpa)));
+        let _held = self.thawed.wait_while(frozen, inside).unwrap();
+        let file = files[usize::from(self.told.is_private(Gpa::new(gpa)))];
+        let mut word = [0; 8];
+        rustix::io::pread(file, &mut word, gpa).unwrap();
+        let value = u64::from_le_bytes(word);
+        rustix::io::pwrite(file, &(value + 1).to_le_bytes(), gpa).unwrap();
+        value
+    }
+}
+
+/// A guest without KVM that increments words while its pages change sides: a word counts on, or begins again at zero where its page has changed
+/// sides, and never goes back to what it was on the other side.
+#[test]
+fn a_guest_of_threads_under_conversions() {
+    const COUNT: u64 = 16;
+    let (shared, private) = (file(), file());
+    let copier = Arc::new(Copier(private.try_clone().unwrap()));
+    let backing = Backing::pair(shared, private, BYTES, Some(copier), Frames::Contiguous).unwrap();
+    let stage2 = Arc::new(ThreadStage2::default());
+    let guest = Guest::with(Gpa::new(0), backing, Policy::Mirror, Arc::clone(&stage2) as Arc<dyn Stage2>);
+    let files = [guest.backing.file().unwrap(), guest.backing.private_file().unwrap()];
+    let (stop, started_anew) = (AtomicBool::new(false), AtomicU64::new(0));
+    let mut changes = 0;
+    std::thread::scope(|scope| {
+        let (stage2, stop, started_anew, guest) = (&stage2, &stop, &started_anew, &guest);
+        scope.spawn(move || {
+            let mut last = [0; COUNT as usize];
+            while !stop.load(Ordering::SeqCst) {
+                for page in 0..COUNT {
+                    let value = stage2.increment(files, page * 0x1000);
+                    assert!(value == last[page as usize] || value == 0, "page {page} has {value} after {}", last[page as usize]);
+                    started_anew.fetch_add(u64::from(value < last[page as usize]), Ordering::Relaxed);
+                    last[page as usize] = value + 1;
+                }
+            }
+        });
+        scope.spawn(move || {
+            let mut dma = guest.context(&guest.untrusted);
+            while !stop.load(Ordering::SeqCst) {
+                // Beside the words, where the pages are shared.
+                let _refused_where_private = dma.write(iova(8), &[7; 0x1000 - 8]);
+            }
+        });
+        let mut random = fastrand::Rng::with_seed(11);
+        let until = Instant::now() + Duration::from_millis(700);
+        while Instant::now() < until {
+            let first = random.u64(..COUNT);
+            let to = if random.bool() { Owner::Private } else { Owner::Shared };
+            changes += guest.convert(first * 0x1000, random.u64(1..=COUNT - first) * 0x1000, to);
+        }
+        stop.store(true, Ordering::SeqCst);
+    });
+    guest.clean();
+    println!("{changes} pages changed sides, {} words began anew", started_anew.load(Ordering::Relaxed));
+    assert!(changes > 100 && started_anew.load(Ordering::Relaxed) > 10);
 }
 
 #[test]

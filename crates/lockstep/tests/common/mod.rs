@@ -4,7 +4,7 @@
 
 use addr::{Gpa, Iova, PAGE_LG2, Span};
 use backing::{Backing, Frames};
-use lockstep_iommu::{Change, Config, Device, Dma, GuestDma, Owner, Policy, RecordedStage2, Tdisp, Trust};
+use lockstep_iommu::{Change, Config, Device, Dma, GuestDma, Owner, Policy, RecordedStage2, Stage2, Tdisp, Trust};
 use std::fmt::Write;
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ pub struct Guest {
     pub backing: Arc<Backing>,
     pub trusted: Arc<Device>,
     pub untrusted: Arc<Device>,
-    pub stage2: Arc<RecordedStage2>,
+    pub stage2: Arc<dyn Stage2>,
 }
 
 impl Guest {
@@ -29,9 +29,12 @@ impl Guest {
     }
 
     pub fn of(gpa: Gpa, backing: Arc<Backing>, policy: Policy) -> Self {
+        Self::with(gpa, backing, policy, Arc::new(RecordedStage2::new()))
+    }
+
+    pub fn with(gpa: Gpa, backing: Arc<Backing>, policy: Policy, stage2: Arc<dyn Stage2>) -> Self {
         let iommu = iommu::Config { table_bytes: 64 * MIB, ..iommu::Config::default() };
-        let stage2 = Arc::new(RecordedStage2::new());
-        let dma = GuestDma::new(&Config { policy, asid: ASID, iommu, ..Config::default() }, stage2.clone()).unwrap();
+        let dma = GuestDma::new(&Config { policy, asid: ASID, iommu, ..Config::default() }, Arc::clone(&stage2)).unwrap();
         dma.add_memory(gpa, backing.len_bytes(), &backing, 0).unwrap();
         let run = Trust::Trusted { asid: ASID, vmpl: secure::Vmpl::V0, tdisp: Tdisp::Run, sdte_valid: true, vtom: None };
         let trusted = dma.add_device("trusted", run).unwrap();
