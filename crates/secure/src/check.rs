@@ -26,7 +26,7 @@ pub enum Access {
 }
 
 impl Access {
-    const fn needs(self) -> Perms {
+    pub(crate) const fn needs(self) -> Perms {
         match self {
             Self::Read | Self::TableWalk => Perms::READ,
             Self::Write => Perms::WRITE,
@@ -73,11 +73,11 @@ pub enum Cpu {
 
 /// What a private access claims about every page it reaches.
 #[derive(Clone, Copy)]
-struct Claim {
-    asid: u32,
-    vmpl: Vmpl,
-    needs: Perms,
-    asker: Asker,
+pub(crate) struct Claim {
+    pub(crate) asid: u32,
+    pub(crate) vmpl: Vmpl,
+    pub(crate) needs: Perms,
+    pub(crate) asker: Asker,
 }
 
 impl<W: Deref<Target = [AtomicU64]>> Rmp<W> {
@@ -139,7 +139,7 @@ impl<W: Deref<Target = [AtomicU64]>> Rmp<W> {
     }
 
     #[inline]
-    fn shared(&self, leaf: Span<Oa>, asker: Asker) -> Result<(), Refusal> {
+    pub(crate) fn shared(&self, leaf: Span<Oa>, asker: Asker) -> Result<(), Refusal> {
         match self.first_assigned(leaf) {
             None => Ok(()),
             Some(at) => Err(self.refuse(Reason::Assigned, at, asker)),
@@ -227,7 +227,7 @@ fn permits(perms: Perms, needs: Perms) -> bool {
 
 /// The private rule for one page, or for the 2 MiB entry that begins there, in the documented order; with `size_matters` off the entry's size is
 /// not looked at.
-fn judge(
+pub(crate) fn judge(
     segment: &Segment<'_>,
     page: usize,
     addr: Gpa,
