@@ -50,6 +50,12 @@ pub(crate) struct RunArgs {
     /// Where the guest runs: the best there is, or one in particular
     #[arg(long, value_enum, default_value_t = VmArg::Auto)]
     pub(crate) vm: VmArg,
+    /// Add so many devices with translation caches of their own (PCIe ATS), untrusted and trusted in turns
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=8))]
+    pub(crate) ats: u32,
+    /// How long such a device may take to answer an invalidation, in milliseconds; then it is quarantined
+    #[arg(long, value_name = "MS", default_value_t = 1000)]
+    pub(crate) ats_timeout: u64,
     /// Print one JSON object instead of text
     #[arg(long)]
     pub(crate) json: bool,

@@ -99,6 +99,10 @@ impl<'a> Auditor<'a> {
             for area in pages.areas_over(*span) {
                 let Some(part) = iova_of(&area, *span) else { continue };
                 for domain in area.domains() {
+                    domain.each_cached_by_devices(part, |device, cached, oa| {
+                        let what = format!("device {device} has a page in transition cached, at {oa}");
+                        report.add(self.difference("I-7", what, cached, None, Some((&area, pages.backing()))));
+                    });
                     for leaf in read(&domain, part).leaves {
                         report.leaves += 1;
                         let what = "a page in transition is mapped".into();
@@ -149,6 +153,7 @@ impl<'a> Auditor<'a> {
                 report.add(self.difference("I-10", what, odd.span, None, Some((area, &backing))));
             }
             self.compare_leaves(area, &domain, part, &expected, &tree.leaves, report);
+            self.compare_devices(area, &domain, part, &tree.leaves, report);
         }
         self.compare_entries(area, &backing, pages, report);
         self.compare_holes(area, &backing, pages, report);
@@ -219,6 +224,21 @@ impl<'a> Auditor<'a> {
             }
         }
         report.leaves += leaves.len() as u64;
+    }
+
+    /// What devices have cached is what the leaves say. Whoever changes these pages holds them until the devices have answered.
+    fn compare_devices(&self, area: &Area, domain: &Domain, part: Span<Iova>, leaves: &[RawLeaf], report: &mut AuditReport) {
+        domain.each_cached_by_devices(part, |device, cached, oa| {
+            let leads = |at: Iova| {
+                let leaf = leaves.get(leaves.partition_point(|leaf| leaf.span.last() < at)).filter(|leaf| leaf.span.contains(at))?;
+                Some(leaf.oa.plus(at.offset_from(leaf.span.start())))
+            };
+            let right = [(cached.start(), oa), (cached.last(), oa.plus(cached.last_offset()))];
+            if right.iter().any(|(at, oa)| leads(*at) != Some(*oa)) {
+                let what = format!("device {device} has a stale translation cached, to {oa}");
+                report.add(self.difference("I-4", what, cached, None, Some((area, area.backing()))));
+            }
+        });
     }
 
     /// Which promise a leaf breaks that should not be there.

@@ -217,11 +217,6 @@ impl Port {
         hull.unwrap_or(Span::whole())
     }
 
-    /// The first cached translation of any address in `span`.
-    fn cached(&self, span: Span<Iova>) -> Option<Span<Iova>> {
-        self.cache().overlapping(span)
-    }
-
     fn is_mute(&self) -> bool {
         self.mute.load(Ordering::Relaxed) || fail::planted("iommu.ats_never_answers")
     }

@@ -6,7 +6,7 @@
 use crate::ats::{Members, Port};
 use crate::log::{Log, Missed};
 use crate::{DomainConfig, Error, IoArena, IoTable};
-use addr::{Iova, Lg2, SizeSet, Span};
+use addr::{Iova, Lg2, Oa, SizeSet, Span};
 use backing::Words;
 use pt::{FormatKind, Gather, NoTable, Stock};
 use std::fmt;
@@ -190,10 +190,12 @@ impl Domain {
         FlushStats { spans: self.spans.load(Ordering::Relaxed), graces: self.graces.load(Ordering::Relaxed) }
     }
 
-    /// A translation of any address in `span` that a device still has in a cache of its own and may use: the device's number, and
-    /// what it translates. For audits; waits for a transaction that is under way.
-    pub fn cached_by_device(&self, span: Span<Iova>) -> Option<(u32, Span<Iova>)> {
-        if self.ports.is_empty() { None } else { self.ports.cached(span) }
+    /// Shows what devices have translated of `span` in caches of their own and may still use: the device's number, the part, and where it leads.
+    /// For audits; waits for transactions that are under way.
+    pub fn each_cached_by_devices(&self, span: Span<Iova>, show: impl FnMut(u32, Span<Iova>, Oa)) {
+        if !self.ports.is_empty() {
+            self.ports.each_cached(span, show);
+        }
     }
 
     pub(crate) fn join(&self, port: &Arc<Port>) {

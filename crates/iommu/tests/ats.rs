@@ -231,8 +231,9 @@ fn a_false_answer_leaves_the_cache_as_it_was() {
     machine.unmap(span(BASE, 0x1000));
     assert_eq!((plant.fired(), dma.cached()), (1, 1));
     drop(plant);
-    let found = machine.domain.cached_by_device(span(BASE.plus(0x800), 0x10));
-    assert_eq!(found, Some((machine.device.id(), span(BASE, 0x1000))), "an audit sees it");
+    let mut found = Vec::new();
+    machine.domain.each_cached_by_devices(span(BASE.plus(0x800), 0x10), |device, part, oa| found.push((device, part, oa)));
+    assert_eq!(found, [(machine.device.id(), span(BASE.plus(0x800), 0x10), machine.oa(0x800))], "an audit sees it");
     assert!(dma.read(BASE, &mut [0]).is_ok(), "the planted fault shows");
 }
 
@@ -444,5 +445,5 @@ fn the_whole_device_is_quarantined() {
         assert_eq!(dma.read(BASE.plus(0x1000), &mut [0]).unwrap_err().reason, FaultKind::Quarantined);
     }
     assert_eq!(plain.read(BASE.plus(0x1000), &mut [0]).unwrap_err().reason, FaultKind::Quarantined);
-    assert_eq!(machine.domain.cached_by_device(Span::whole()), None, "what a quarantined device has it cannot use");
+    machine.domain.each_cached_by_devices(Span::whole(), |_, part, _| panic!("a quarantined device cannot use {part}"));
 }

@@ -14,6 +14,6 @@ mod stage2;
 
 pub use convert::{AuditReport, Change, ConvertError, Difference, Owner, Policy, RecordedStage2, Stage2};
 pub use guest_dma::{Config, Error, GuestDma};
-pub use iommu::{Device, Dma, EngineDevice, Fault, Tdisp, Trust};
+pub use iommu::{AtsDma, AtsStats, Device, Dma, EngineDevice, Fault, Tdisp, Trust};
 pub use requests::NO_UPDATE;
 pub use stage2::KvmStage2;

@@ -11,6 +11,7 @@ use convert::{Auditor, Evidence, Says};
 use guest::{Layout, Report, Setup};
 use lockstep::{Config, Device, EngineDevice, GuestDma, Policy, RecordedStage2, Stage2, Tdisp, Trust};
 use std::sync::Arc;
+use std::time::Duration;
 use zerocopy::{FromZeros, IntoBytes};
 
 pub(crate) type Failure = Box<dyn std::error::Error + Send + Sync>;
@@ -37,6 +38,8 @@ pub(crate) struct Machine {
     pub(crate) backing: Arc<Backing>,
     pub(crate) trusted: Arc<Device>,
     pub(crate) untrusted: Arc<Device>,
+    /// With translation caches of their own: untrusted, trusted, untrusted, and so on.
+    pub(crate) ats: Vec<Arc<Device>>,
     pub(crate) plan: Plan,
     kvm: Option<KvmGuest>,
     setup: Setup,
@@ -90,12 +93,17 @@ impl Machine {
         backing.populate(backing.pages(), PageState::Shared)?;
         let stage2: Arc<dyn Stage2> = kvm.as_ref().map_or_else(|| Arc::new(RecordedStage2::new()) as _, KvmGuest::stage2);
         let domain = iommu::DomainConfig { format: options.format, ..iommu::DomainConfig::default() };
-        let iommu = iommu::Config { domain, ..iommu::Config::default() };
+        let iommu = iommu::Config { domain, ats_timeout: Duration::from_millis(options.ats_timeout), ..iommu::Config::default() };
         let dma = Arc::new(GuestDma::new(&Config { policy: options.policy, asid: ASID, iommu, ..Config::default() }, stage2)?);
         dma.add_memory(Gpa::new(0), options.memory, &backing, 0)?;
         let run = Trust::Trusted { asid: ASID, vmpl: secure::Vmpl::V0, tdisp: Tdisp::Run, sdte_valid: true, vtom: None };
         let trusted = dma.add_device("trusted", run)?;
         let untrusted = dma.add_device("untrusted", Trust::Untrusted)?;
+        let ats = (0..options.ats).map(|index| {
+            let (kind, trust) = if index % 2 == 0 { ("untrusted", Trust::Untrusted) } else { ("trusted", run) };
+            dma.add_device(&format!("ats {index} {kind}"), trust)
+        });
+        let ats = ats.collect::<Result<_, _>>()?;
         watch_transitions(&dma, checks);
         let mut features = kvm.as_ref().map_or(guest::Features::HYPERCALL, KvmGuest::features);
         if options.policy == Policy::SharedOnly {
@@ -103,7 +111,7 @@ impl Machine {
         }
         let setup = Setup { layout, seed: options.seed, features, initial: guest::PageState::Shared, max_rounds: u64::MAX };
         setup.load(|gpa, bytes| dma.write(gpa, bytes))?;
-        Ok(Self { dma, backing, trusted, untrusted, plan, kvm, setup, notes })
+        Ok(Self { dma, backing, trusted, untrusted, ats, plan, kvm, setup, notes })
     }
 
     /// What the run stands on, for people.
@@ -184,6 +192,11 @@ impl Machine {
             add(&checks.probes, 1);
         }
         Ok(())
+    }
+
+    /// Every device.
+    pub(crate) fn devices(&self) -> impl Iterator<Item = &Arc<Device>> {
+        [&self.trusted, &self.untrusted].into_iter().chain(&self.ats)
     }
 
     /// Exits of the guest's vCPU; none in a thread.

@@ -52,6 +52,14 @@ impl Cache {
         (entry.last >= span.start()).then(|| Span::of(*start, entry.last))
     }
 
+    /// Shows what is translated of `span`, entry by entry, and where each part begins.
+    pub(crate) fn each(&self, span: Span<Iova>, mut show: impl FnMut(Span<Iova>, Oa)) {
+        for (start, entry) in self.entries.range(..=span.last()).rev() {
+            let Some(part) = Span::of(*start, entry.last).intersect(span) else { break };
+            show(part, entry.oa.plus(part.start().offset_from(*start)));
+        }
+    }
+
     pub(crate) fn clear(&mut self) {
         self.entries.clear();
     }

@@ -2,7 +2,7 @@
 
 use super::Port;
 use crate::log::{Log, Missed};
-use addr::{Iova, Span};
+use addr::{Iova, Oa, Span};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -88,11 +88,12 @@ impl Members {
         }
     }
 
-    /// The first translation of any address in `span` that a device still has and may use.
-    pub(crate) fn cached(&self, span: Span<Iova>) -> Option<(u32, Span<Iova>)> {
-        self.snapshot().iter().find_map(|member| {
-            let device = member.port.device.upgrade().filter(|device| !device.is_quarantined())?;
-            Some((device.id(), member.port.cached(span)?))
-        })
+    /// Shows every translation of any address in `span` that a device still has and may use.
+    pub(crate) fn each_cached(&self, span: Span<Iova>, mut show: impl FnMut(u32, Span<Iova>, Oa)) {
+        for member in self.snapshot().iter() {
+            if let Some(device) = member.port.device.upgrade().filter(|device| !device.is_quarantined()) {
+                member.port.cache().each(span, |part, oa| show(device.id(), part, oa));
+            }
+        }
     }
 }
