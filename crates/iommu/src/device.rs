@@ -4,26 +4,15 @@
 //! until it happens, and after a grace period nobody works with the old state.
 
 use crate::ats::{Counters, Port};
-use crate::{Access, AtsStats, Domain, Error, Fault, FaultKind, Iommu, KindCounters};
+use crate::tdisp::Interface;
+use crate::{Access, AtsStats, Domain, Error, Fault, FaultKind, Iommu, KindCounters, Tdisp};
 use addr::{Gpa, Iova, Span};
+use pt::Perm;
 use secure::{Requester, Vmpl};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use sync::fail;
-
-/// Where a trusted device interface stands (PCIe TDISP).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Tdisp {
-    /// Not set up; the host may change it.
-    Unlocked,
-    /// Its configuration is fixed, the guest has not accepted it yet.
-    Locked,
-    /// Accepted: the only state in which its DMA may be trusted.
-    Run,
-    /// Something touched the configuration; nothing goes until it is unlocked.
-    Error,
-}
 
 /// What a device is to the secure world.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,7 +49,10 @@ impl Trust {
 #[derive(Clone)]
 struct State {
     domain: Option<Arc<Domain>>,
+    interface: Interface,
     trust: Trust,
+    /// What the sDTE leaves of the page table's permissions.
+    rights: Perm,
     gpa_offset: u64,
     quarantined: bool,
 }
@@ -70,6 +62,7 @@ pub(crate) struct Identity {
     pub(crate) generation: u64,
     pub(crate) domain: Option<Arc<Domain>>,
     pub(crate) requester: Result<Requester, FaultKind>,
+    pub(crate) rights: Perm,
     pub(crate) gpa_offset: u64,
 }
 
@@ -92,7 +85,14 @@ pub struct Device {
 
 impl Device {
     pub(crate) fn new(id: u32, name: &str, iommu: Arc<Iommu>) -> Self {
-        let state = State { domain: None, trust: Trust::Untrusted, gpa_offset: 0, quarantined: false };
+        let state = State {
+            domain: None,
+            interface: Interface::default(),
+            trust: Trust::Untrusted,
+            rights: Perm::RW,
+            gpa_offset: 0,
+            quarantined: false,
+        };
         Self {
             id,
             name: name.into(),
@@ -158,12 +158,13 @@ impl Device {
         self.change(|state| state.domain = None)
     }
 
-    /// Changes what the device is to the secure world. When this returns, no DMA under the old identity is in flight.
+    /// Says directly what the device is to the secure world, without the protocol that leads there ([`Device::bind`] and on), until the next
+    /// request of that. When this returns, no DMA under the old identity is in flight.
     ///
     /// # Errors
     /// [`Error::HeldByCaller`].
     pub fn set_trust(&self, trust: Trust) -> Result<(), Error> {
-        self.change(|state| state.trust = trust)
+        self.change(|state| (state.trust, state.rights) = (trust, Perm::RW))
     }
 
     /// Private memory sits at `GPA = IOVA + offset` (modulo 2^64) for this device. 0, the start, is what SEV-TIO guests have.
@@ -174,13 +175,18 @@ impl Device {
         self.change(|state| state.gpa_offset = offset)
     }
 
-    /// A function-level reset: ends a quarantine, and empties the device's translation caches. When this returns, no DMA from before is in flight.
+    /// A function-level reset: ends a quarantine, and empties the device's translation caches. An interface
+    /// that was locked or ran is in ERROR afterwards. When this returns, no DMA from before is in flight.
     ///
     /// # Errors
     /// [`Error::HeldByCaller`].
     pub fn reset(&self) -> Result<(), Error> {
         self.change_with(true, |state| {
             state.quarantined = false;
+            if state.interface.disturb() {
+                (state.trust, state.rights) = (state.interface.trust(), state.interface.rights());
+            }
+            Ok(())
         })
     }
 
@@ -197,11 +203,28 @@ impl Device {
         AtsStats { caches, sent: read(sent), answers: read(answers), timeouts: read(timeouts), quarantines: read(quarantines) }
     }
 
-    fn change(&self, edit: impl Fn(&mut State)) -> Result<(), Error> {
-        self.change_with(false, edit)
+    /// A step of the interface's protocol.
+    pub(crate) fn request(&self, edit: impl Fn(&mut Interface) -> Result<(), Error>) -> Result<(), Error> {
+        self.change_with(false, |state| {
+            edit(&mut state.interface)?;
+            (state.trust, state.rights) = (state.interface.trust(), state.interface.rights());
+            Ok(())
+        })
     }
 
-    fn change_with(&self, reset: bool, edit: impl Fn(&mut State)) -> Result<(), Error> {
+    pub(crate) fn interface(&self) -> Interface {
+        self.state().interface
+    }
+
+    fn change(&self, edit: impl Fn(&mut State)) -> Result<(), Error> {
+        self.change_with(false, |state| {
+            edit(state);
+            Ok(())
+        })
+    }
+
+    /// `edit` is tried on a copy first, so that nothing happens when it fails.
+    fn change_with(&self, reset: bool, edit: impl Fn(&mut State) -> Result<(), Error>) -> Result<(), Error> {
         fail::step("iommu.attach")?;
         let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let old = self.state().domain.clone();
@@ -211,7 +234,7 @@ impl Device {
         let ports = self.ports();
         let moves_to = {
             let mut next = self.state().clone();
-            edit(&mut next);
+            edit(&mut next)?;
             next.domain.filter(|new| !old.as_ref().is_some_and(|old| Arc::ptr_eq(old, new)))
         };
         if let Some(new) = &moves_to {
@@ -223,7 +246,7 @@ impl Device {
             self.iommu.readers().grace(old.as_ref().map_or(0, |old| old.id()));
             ports.iter().for_each(|port| port.reset());
         }
-        edit(&mut self.state());
+        edit(&mut self.state())?;
         // Whoever enters a guard from the grace period on sees this, and copies the new state.
         self.generation.fetch_add(1, Ordering::AcqRel);
         if let Some(old) = &old {
@@ -319,9 +342,9 @@ impl Device {
     pub(crate) fn identity(&self) -> Identity {
         // Read before the state: if that changes in between, the copy counts as old and is made again.
         let generation = self.generation();
-        let State { domain, trust, gpa_offset, quarantined } = self.state().clone();
+        let State { domain, trust, rights, gpa_offset, quarantined, .. } = self.state().clone();
         let requester = if quarantined { Err(FaultKind::Quarantined) } else { trust.requester() };
-        Identity { generation, domain, requester, gpa_offset }
+        Identity { generation, domain, requester, rights, gpa_offset }
     }
 
     pub(crate) fn record(&self, fault: Fault) {

@@ -78,11 +78,13 @@ pub enum FaultKind {
     /// The secure world's table does not allow this for an address that the device had translated earlier: it kept the translation for too
     /// long, or its owner took a permission away.
     SecureTranslated = 13,
+    /// The guest gave the device no right to do this (ir, iw of the secure device table entry).
+    NoRight = 14,
 }
 
 impl FaultKind {
     /// How many kinds there are, and one more, for tables by number.
-    pub const COUNT: usize = 14;
+    pub const COUNT: usize = 15;
 
     /// Every kind.
     pub const ALL: [Self; Self::COUNT - 1] = [
@@ -99,6 +101,7 @@ impl FaultKind {
         Self::Quarantined,
         Self::NotAnswered,
         Self::SecureTranslated,
+        Self::NoRight,
     ];
 
     /// Who refuses for this reason.
@@ -113,7 +116,8 @@ impl FaultKind {
             | Self::BadLength
             | Self::BadCommand
             | Self::Quarantined
-            | Self::NotAnswered => RefusedBy::Device,
+            | Self::NotAnswered
+            | Self::NoRight => RefusedBy::Device,
         }
     }
 
@@ -121,7 +125,7 @@ impl FaultKind {
     /// RMP_PAGE_FAULT); `None` where hardware has none.
     pub const fn amd_event(self) -> Option<u8> {
         match self {
-            Self::NotMapped | Self::NoPermission | Self::NotAttached | Self::Quarantined => Some(0x2),
+            Self::NotMapped | Self::NoPermission | Self::NotAttached | Self::Quarantined | Self::NoRight => Some(0x2),
             Self::NotAnswered => Some(0x7),
             Self::Secure | Self::SecureTranslated | Self::NotRunning => Some(0xd),
             _ => None,
@@ -142,6 +146,7 @@ impl FaultKind {
             Self::BadCommand => "the engine does not know this command",
             Self::Quarantined => "the device is quarantined until it is reset",
             Self::NotAnswered => "the device did not answer an invalidation in time",
+            Self::NoRight => "the guest does not let the device do that",
             Self::SecureTranslated => "the secure world does not allow it, and the device had translated the address earlier",
         }
     }

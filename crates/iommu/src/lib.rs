@@ -24,17 +24,19 @@ mod fault;
 mod iotlb;
 mod log;
 mod slice;
+mod tdisp;
 mod unit;
 
 pub use ats::{AtsDma, AtsStats};
 pub use config::DomainConfig;
-pub use device::{Device, Tdisp, Trust};
+pub use device::{Device, Trust};
 pub use dma::{CHUNK_BYTES, Dma, DmaStats, Translation};
 pub use domain::{Domain, FlushStats};
 pub use engine::EngineDevice;
 pub use fault::{Access, Fault, FaultKind, FaultLog, KindCounters, RefusedBy};
 pub use iotlb::{Hit, Iotlb, IotlbStats};
 pub use slice::{DmaSlice, SliceError};
+pub use tdisp::{Nonce, Sdte, SdteStatus, Tdisp};
 pub use unit::{Config, Error, Iommu};
 
 /// A domain's page table. Its format is chosen with the domain; AMDv1, what AMD's IOMMU reads for untranslated host memory, is the only one

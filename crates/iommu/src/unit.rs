@@ -44,6 +44,31 @@ pub enum Error {
         /// The domain.
         domain: u32,
     },
+    /// A request that the device's interface does not take as it stands.
+    #[error("{request} is not for an interface in {state}, {}", match .bound { Some(asid) => format!("bound to ASID {asid}"), None => "bound to no guest".into() })]
+    Interface {
+        /// The request.
+        request: &'static str,
+        /// Where the interface stands.
+        state: crate::Tdisp,
+        /// The guest that it is bound to.
+        bound: Option<u32>,
+    },
+    /// START_INTERFACE without the number that LOCK_INTERFACE answered.
+    #[error("the nonce is not the one that LOCK_INTERFACE answered")]
+    Nonce,
+    /// An ASID that no RMP entry can hold for a guest.
+    #[error("no guest has ASID {asid:#x}; there are 1 to 0x3fe")]
+    Asid {
+        /// What was asked for.
+        asid: u32,
+    },
+    /// Firmware does not take a secure device table entry.
+    #[error("firmware refuses the secure device table entry: {status:?}")]
+    Sdte {
+        /// What it answers to the guest.
+        status: crate::SdteStatus,
+    },
     /// A domain was to have leaf sizes of which its format has none.
     #[error("format {format} has no leaf size in {:#x}; its sizes are {:#x}", .sizes.0, .format.sizes().0)]
     NoSizes {

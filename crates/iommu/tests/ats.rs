@@ -369,7 +369,9 @@ fn run(enough_moves: u64, devices: u64, silent: bool) -> Outcome {
         let mut random = fastrand::Rng::with_seed(99);
         let mut colours = [0; PAGES as usize];
         let give_up = Instant::now() + Duration::from_secs(60);
-        while moves < enough_moves && stale.load(Ordering::Relaxed) == 0 && Instant::now() < give_up {
+        // Both must have had their turn.
+        let short = |moves| moves < enough_moves || accesses.load(Ordering::Relaxed) < 10_000;
+        while short(moves) && stale.load(Ordering::Relaxed) == 0 && Instant::now() < give_up {
             let page = random.u64(0..PAGES);
             let (old, new) = (colours[page as usize], 1 - colours[page as usize]);
             let mut gather = Gather::new();
@@ -402,7 +404,7 @@ fn nothing_stale_after_a_flush() {
         let outcome = run(MOVES, devices, false);
         println!("{devices} devices: {outcome:?}");
         assert_eq!((outcome.stale, outcome.quarantines), (0, 0));
-        assert!(outcome.moves == MOVES && outcome.accesses > 1000);
+        assert!(outcome.moves >= MOVES && outcome.accesses >= 10_000);
     }
 }
 
@@ -412,7 +414,7 @@ fn nothing_stale_though_devices_fall_silent() {
     let outcome = run(MOVES / 4, 2, true);
     println!("{outcome:?}");
     assert_eq!(outcome.stale, 0);
-    assert!(outcome.quarantines > 0 && outcome.moves == MOVES / 4);
+    assert!(outcome.quarantines > 0 && outcome.moves >= MOVES / 4);
 }
 
 /// Each breaks the promise in its own way; the same detector sees each.

@@ -85,7 +85,7 @@ impl<W: Deref<Target = [AtomicU64]>> Rmp<W> {
     /// its first byte stands (the GPA, for a private leaf).
     ///
     /// Shared rule: every page of the span is unassigned. Private rule: assigned, to that ASID, at that GPA, mutable, of the leaf's size
-    /// (4 KiB or 2 MiB), validated, permitted to the VMPL. A mismatch of nothing but the size passes while the smash sequence of the
+    /// (4 KiB or 2 MiB; not compared when pages are judged one by one), validated, permitted to the VMPL. A mismatch of nothing but the size passes while the smash sequence of the
     /// segment is odd.
     ///
     /// # Errors
@@ -180,7 +180,7 @@ impl<W: Deref<Target = [AtomicU64]>> Rmp<W> {
         let Some(segment) = segment else {
             return Err(self.refuse(Reason::NotCovered, at, claim.asker));
         };
-        let (reason, entry) = match judge(&segment, segment.page(at), addr, size_of(leaf), true, claim) {
+        let (reason, entry) = match judge(&segment, segment.page(at), addr, size_of(leaf), !self.checks_pages(), claim) {
             Ok(()) => return Ok(()),
             Err(refused) => refused,
         };

@@ -11,6 +11,7 @@ use crate::far::{self, Buffer};
 use crate::{Access, Device, Dma, Error, Fault, FaultKind};
 use addr::{Address, Iova, Oa, Span};
 use backing::Windows;
+use pt::Perm;
 use secure::Refusal;
 use std::fmt;
 use std::sync::Arc;
@@ -177,6 +178,10 @@ impl AtsDma {
             return Err((0, FaultKind::NotAttached, None));
         }
         let who = self.identity.requester.map_err(|kind| (0, kind, None))?;
+        let wanted = if access == Access::Read { Perm::READ } else { Perm::WRITE };
+        if !self.identity.rights.allows(wanted) {
+            return Err((0, FaultKind::NoRight, None));
+        }
         let span = Span::from_len(oa, len).map_err(|_| (0, FaultKind::Wraps, None))?;
         let checked = self.device.iommu().rmp().check_translated(who, span, access.into());
         checked.map_err(|refusal| (refusal.at.get().saturating_sub(oa.get()), FaultKind::SecureTranslated, Some(refusal)))?;
