@@ -60,6 +60,16 @@ fn scattered_frames_and_the_other_policy() {
     good(&["--seconds", "1", "--memory", "64M", "--policy", "shared-only"]);
 }
 
+/// The two open questions about the hardware, answered the other way.
+#[test]
+fn other_readings_of_the_hardware() {
+    for more in [&["--borders", "rmp"][..], &["--strict"], &["--borders", "rmp", "--strict", "--ats", "1"]] {
+        let summary = good(&[&["--seconds", "1", "--memory", "64M"], more].concat());
+        assert_eq!(summary["strict"], more.contains(&"--strict"), "{summary:#}");
+        assert_eq!(summary["borders"], if more.contains(&"rmp") { "rmp" } else { "table" }, "{summary:#}");
+    }
+}
+
 /// Flushes wait for every device's answer, and each answers in time.
 #[test]
 fn devices_with_caches_of_their_own() {

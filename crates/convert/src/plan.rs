@@ -180,6 +180,11 @@ impl Plan {
 }
 
 impl Piece {
+    /// Whether its leaves stay, in a space that keeps leaves: there are some, unless the pages have been given back.
+    pub(crate) fn keeps_leaf(&self, space_keeps: bool) -> bool {
+        space_keeps && self.from != PageState::Absent
+    }
+
     /// The pages that were done, those that failed, those that were not tried.
     pub(crate) fn split(&self, done: u64, bad: Span<Page>) -> (Option<Self>, Self, Option<Self>) {
         let part = |pages: Span<Page>| Self {

@@ -139,7 +139,8 @@ impl<'a> Conversion<'a, Frozen> {
         let skip = fail::planted("convert.leave_leaf");
         self.core.occupied = skip;
         let core = &mut self.core;
-        for piece in core.pieces.iter().skip(usize::from(skip)) {
+        let keeps = core.space.keeps_leaves();
+        for piece in core.pieces.iter().skip(usize::from(skip)).filter(|piece| !piece.keeps_leaf(keeps)) {
             core.held[piece.held].pages.clear(piece.pages, &mut core.edit);
         }
         core.edit.flush();
@@ -156,6 +157,7 @@ impl<'a> Conversion<'a, Detached> {
             self.core.occupied = true;
         }
         self.core.switch();
+        self.core.part_devices();
         self.core.space.show_transition(false, &self.core.pieces, &self.core.held);
         self.next()
     }
@@ -174,7 +176,8 @@ impl<'a> Conversion<'a, Committed> {
     /// Maps what devices may see now, of the pages that changed and of those that did not.
     fn attach(mut self) -> Conversion<'a, Attached> {
         if !self.core.occupied {
-            self.core.fill(|piece| matches!(piece.fate, Fate::Kept | Fate::Committed));
+            let keeps = self.core.space.keeps_leaves();
+            self.core.fill(|piece| matches!(piece.fate, Fate::Kept | Fate::Committed) && !piece.keeps_leaf(keeps));
         }
         self.next()
     }
@@ -225,8 +228,10 @@ impl Core<'_> {
                 self.space.rmp.smash_begin(oa);
                 let smashed = switch::smash(&self.space.rmp, oa);
                 if smashed.is_ok() {
-                    held.pages.clear(part, &mut self.edit);
-                    cleared.push((piece.held, part));
+                    if !self.space.keeps_leaves() {
+                        held.pages.clear(part, &mut self.edit);
+                        cleared.push((piece.held, part));
+                    }
                     self.space.counters.smashed.fetch_add(1, Ordering::Relaxed);
                 }
                 self.space.rmp.smash_end(oa);
@@ -283,6 +288,23 @@ impl Core<'_> {
             break;
         }
         self.pieces.extend(pieces);
+    }
+
+    /// Where leaves stay, the owner has changed under the devices: whoever was let in before is waited for now, and every access is judged
+    /// anew. A page that nobody may have any more loses its leaf all the same.
+    fn part_devices(&mut self) {
+        if !self.space.keeps_leaves() {
+            return;
+        }
+        for piece in self.pieces.iter().filter(|piece| piece.keeps_leaf(true)) {
+            let pages = self.held[piece.held].pages;
+            if piece.fate == Fate::Leaked {
+                pages.clear(piece.pages, &mut self.edit);
+            } else {
+                pages.invalidate(piece.pages, &mut self.edit);
+            }
+        }
+        self.edit.flush();
     }
 
     fn set_states(&mut self, which: impl Fn(&Piece) -> bool) {

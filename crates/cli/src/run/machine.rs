@@ -9,7 +9,7 @@ use addr::{Gpa, PAGE_BYTES, Span};
 use backing::{Backing, PageState};
 use convert::{Auditor, Evidence, Says};
 use guest::{Layout, Report, Setup};
-use lockstep::{Config, Device, EngineDevice, GuestDma, Policy, RecordedStage2, Stage2, Tdisp, Trust};
+use lockstep::{Config, Device, EngineDevice, GuestDma, Policy, RecordedStage2, SDTE_WRITE_BYTES, Sdte, SdteStatus, Stage2, Trust};
 use std::sync::Arc;
 use std::time::Duration;
 use zerocopy::{FromZeros, IntoBytes};
@@ -94,16 +94,20 @@ impl Machine {
         let stage2: Arc<dyn Stage2> = kvm.as_ref().map_or_else(|| Arc::new(RecordedStage2::new()) as _, KvmGuest::stage2);
         let domain = iommu::DomainConfig { format: options.format, ..iommu::DomainConfig::default() };
         let iommu = iommu::Config { domain, ats_timeout: Duration::from_millis(options.ats_timeout), ..iommu::Config::default() };
-        let dma = Arc::new(GuestDma::new(&Config { policy: options.policy, asid: ASID, iommu, ..Config::default() }, stage2)?);
+        let dma = Arc::new(GuestDma::new(&Config { policy: options.policy, asid: ASID, reading: options.reading(), iommu }, stage2)?);
         dma.add_memory(Gpa::new(0), options.memory, &backing, 0)?;
-        let run = Trust::Trusted { asid: ASID, vmpl: secure::Vmpl::V0, tdisp: Tdisp::Run, sdte_valid: true, vtom: None };
-        let trusted = dma.add_device("trusted", run)?;
+        let trusted = dma.add_device("trusted", Trust::Untrusted)?;
+        accept(&dma, &trusted, 0)?;
         let untrusted = dma.add_device("untrusted", Trust::Untrusted)?;
         let ats = (0..options.ats).map(|index| {
-            let (kind, trust) = if index % 2 == 0 { ("untrusted", Trust::Untrusted) } else { ("trusted", run) };
-            dma.add_device(&format!("ats {index} {kind}"), trust)
+            let kind = if index % 2 == 0 { "untrusted" } else { "trusted" };
+            let device = dma.add_device(&format!("ats {index} {kind}"), Trust::Untrusted)?;
+            if index % 2 == 1 {
+                accept(&dma, &device, 1 + index as u16)?;
+            }
+            Ok(device)
         });
-        let ats = ats.collect::<Result<_, _>>()?;
+        let ats = ats.collect::<Result<_, Failure>>()?;
         watch_transitions(&dma, checks);
         let mut features = kvm.as_ref().map_or(guest::Features::HYPERCALL, KvmGuest::features);
         if options.policy == Policy::SharedOnly {
@@ -216,6 +220,18 @@ impl Guest {
         checks.stop();
         done
     }
+}
+
+/// A guest accepts a device: bound and locked, started, and then its own word to firmware.
+fn accept(dma: &GuestDma, device: &Arc<Device>, id: u16) -> Result<(), Failure> {
+    let nonce = dma.bind_device(device, id)?;
+    dma.start_device(id, nonce)?;
+    let mut message = [0; SDTE_WRITE_BYTES];
+    message[..2].copy_from_slice(&id.to_le_bytes());
+    message[16..].copy_from_slice(&Sdte::new(pt::Perm::RW, secure::Vmpl::V0, None).to_bytes());
+    let answer = dma.sdte_write(&message)?;
+    let accepted = answer[2..4] == (SdteStatus::Success as u16).to_le_bytes();
+    if accepted { Ok(()) } else { Err(format!("firmware does not let the guest accept '{}': {answer:x?}", device.name()).into()) }
 }
 
 /// Asks the guest to stop: it looks after each round.

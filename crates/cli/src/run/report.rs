@@ -16,6 +16,8 @@ pub(crate) struct Summary {
     backing: &'static str,
     memory: u64,
     policy: String,
+    borders: String,
+    strict: bool,
     format: &'static str,
     frames: String,
     seed: u64,
@@ -98,6 +100,8 @@ impl Summary {
             backing: machine.backing_name(),
             memory: options.memory,
             policy: options.policy.to_string(),
+            borders: options.borders.to_string(),
+            strict: options.strict,
             format: options.format.name(),
             frames: format!("{:?}", machine.backing.frames()),
             seed: options.seed,
@@ -168,7 +172,11 @@ impl Summary {
             }
             return;
         }
-        println!("ran {:.1} s, seed {}, policy {}, page tables {}", self.seconds, self.seed, self.policy, self.format);
+        let strict = if self.strict { ", no shared leaf above 2 MiB" } else { "" };
+        println!(
+            "ran {:.1} s, seed {}, policy {}, borders in the {}{strict}, page tables {}",
+            self.seconds, self.seed, self.policy, self.borders, self.format
+        );
         println!(
             "  conversions     {} pages in {} batches ({} to private, {} to shared), {} entries smashed",
             self.conversions, self.batches, self.to_private, self.to_shared, self.smashes

@@ -25,9 +25,14 @@ impl Guest {
     }
 
     pub fn at(gpa: Gpa, bytes: u64, frames: Frames, policy: Policy) -> Self {
-        let iommu = iommu::Config { table_bytes: 64 * MIB, ..iommu::Config::default() };
+        Self::with(gpa, bytes, frames, Config { policy, ..Config::default() })
+    }
+
+    /// With `config`, but for the ASID and the memory of page tables.
+    pub fn with(gpa: Gpa, bytes: u64, frames: Frames, config: Config) -> Self {
+        let iommu = iommu::Config { table_bytes: 64 * MIB, ..config.iommu };
         let stage2 = Arc::new(RecordedStage2::new());
-        let dma = GuestDma::new(&Config { policy, asid: ASID, iommu, ..Config::default() }, stage2.clone()).unwrap();
+        let dma = GuestDma::new(&Config { asid: ASID, iommu, ..config }, stage2.clone()).unwrap();
         let backing = Backing::memfd(bytes, frames).unwrap();
         dma.add_memory(gpa, bytes, &backing, 0).unwrap();
         let run = Trust::Trusted { asid: ASID, vmpl: secure::Vmpl::V0, tdisp: Tdisp::Run, sdte_valid: true, vtom: None };
