@@ -272,6 +272,11 @@ impl Device {
     /// Takes all access from a device that did not answer. When this returns none is in flight, neither through `domain` nor by an address
     /// that was translated before. Does not allocate and cannot fail (I-9).
     pub(crate) fn quarantine(&self, domain: u32, port: &Port) {
+        let span = port.outstanding();
+        if !self.is_quarantined() {
+            // Before anyone can see that it is.
+            *self.unanswered.lock().unwrap_or_else(PoisonError::into_inner) = Some(span);
+        }
         let known = self.block();
         // Also when somebody else has done it just now: their grace period may not be over.
         self.iommu.readers().grace(domain);
@@ -280,8 +285,7 @@ impl Device {
         }
         if !known {
             self.ats.quarantines.fetch_add(1, Ordering::Relaxed);
-            let (reason, span) = (FaultKind::NotAnswered, port.outstanding());
-            *self.unanswered.lock().unwrap_or_else(PoisonError::into_inner) = Some(span);
+            let reason = FaultKind::NotAnswered;
             self.record(Fault {
                 device: self.id,
                 domain: Some(domain),

@@ -205,8 +205,9 @@ impl Region {
                     "an untrusted device read what was written while the page was private",
                 ),
                 Err(fault) => {
-                    // With a cache of its own: at the latest by its answer it had forgotten the page, and that was before the page turned.
-                    let stale = fault.reason == FaultKind::SecureTranslated;
+                    // With a cache of its own: at the latest by its answer it had forgotten the page, and that was before the page turned. Where
+                    // leaves stay, it is asked after that.
+                    let stale = fault.reason == FaultKind::SecureTranslated && !self.dma.space().keeps_leaves();
                     self.must(!stale, page, "an untrusted device used a translation that it had answered to have forgotten");
                     add(refused, 1);
                 }
