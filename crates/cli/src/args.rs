@@ -2,7 +2,7 @@
 
 use backing::Frames;
 use clap::{Parser, Subcommand, ValueEnum};
-use lockstep::Policy;
+use lockstep::{Borders, Policy, Reading};
 use pt::FormatKind;
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -43,6 +43,12 @@ pub(crate) struct RunArgs {
     /// What devices may have mapped: mirror or shared-only
     #[arg(long, default_value_t = Policy::Mirror)]
     pub(crate) policy: Policy,
+    /// Where the change of a page's owner must show: in the IO page table's leaves (table), or in the RMP only, with accesses judged page by page (rmp)
+    #[arg(long, default_value_t = Borders::Table)]
+    pub(crate) borders: Borders,
+    /// Take it that the IOMMU refuses leaves above 2 MiB over shared memory, and make none
+    #[arg(long)]
+    pub(crate) strict: bool,
     /// Format of the devices' page tables
     #[arg(long, default_value_t = FormatKind::AmdV1)]
     pub(crate) format: FormatKind,
@@ -52,6 +58,12 @@ pub(crate) struct RunArgs {
     /// Where the guest runs: the best there is, or one in particular
     #[arg(long, value_enum, default_value_t = VmArg::Auto)]
     pub(crate) vm: VmArg,
+    /// Add so many devices with translation caches of their own (PCIe ATS), untrusted and trusted in turns
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=8))]
+    pub(crate) ats: u32,
+    /// How long such a device may take to answer an invalidation, in milliseconds; then it is quarantined
+    #[arg(long, value_name = "MS", default_value_t = 1000)]
+    pub(crate) ats_timeout: u64,
     /// Print one JSON object instead of text
     #[arg(long)]
     pub(crate) json: bool,
@@ -161,6 +173,10 @@ impl From<BenchGroup> for workload::Group {
 impl RunArgs {
     pub(crate) fn duration(&self) -> Duration {
         Duration::try_from_secs_f64(self.seconds).unwrap_or(Duration::from_secs(5))
+    }
+
+    pub(crate) fn reading(&self) -> Reading {
+        Reading { strict: self.strict, borders: self.borders }
     }
 
     pub(crate) fn layout(&self) -> Frames {

@@ -19,8 +19,8 @@ use balloon::Balloon;
 use checks::{Checks, Detector, add};
 use convert::Auditor;
 use indicatif::{ProgressBar, ProgressStyle};
-use load::Region;
-use lockstep::{Dma, Merger, Pace};
+use load::{Lane, Region};
+use lockstep::{AtsDma, Dma, Merger, Pace};
 use machine::{Failure, Machine};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -62,6 +62,7 @@ pub(crate) fn with_weather(options: &RunArgs) -> Result<(Summary, WeatherCounts)
 
 fn run(options: &RunArgs, planted: Option<&str>, weather: Option<&WeatherCounts>) -> Result<Summary, Failure> {
     let checks = Arc::new(Checks::default());
+    let options = &RunArgs { ats: options.ats.max(planted.map_or(0, breaks::needs_ats)), ..options.clone() };
     let mut machine = Machine::new(options, &checks)?;
     if !options.json {
         eprintln!("{}", machine.describe());
@@ -94,6 +95,9 @@ fn load_and_watch(
     let (converting, neighbours, probing) = (context(trusted)?, context(trusted)?, context(untrusted)?);
     let (breathing, pressing) = (context(untrusted)?, context(untrusted)?);
     let dma = Arc::clone(&machine.dma);
+    let caches = machine.ats.iter().map(|device| Ok((Arc::clone(device), AtsDma::new(device)?)));
+    let caches = caches.collect::<Result<Vec<_>, iommu::Error>>()?;
+    let lanes = 1 + caches.len() as u64 / 2;
     let seed = options.seed;
     let guest = machine.take_guest(checks)?;
     let _merging = Merger::start(&dma, Pace::default())?;
@@ -114,10 +118,20 @@ fn load_and_watch(
             others.push(scope.spawn(move || weather::failures(checks, weather.counts, weather.frames, seed ^ 9)));
         }
         scope.spawn(|| region.convert(converting, seed ^ 1));
-        scope.spawn(|| region.neighbours(neighbours, seed ^ 2));
+        scope.spawn(|| region.neighbours(neighbours, Lane { index: 0, of: lanes }, seed ^ 2));
         scope.spawn(|| region.probe(probing, all, refused, seed ^ 3));
         scope.spawn(|| balloon.breathe(breathing, seed ^ 4));
         scope.spawn(|| balloon.press(pressing, seed ^ 5));
+        for (index, (device, cache)) in (0..).zip(caches) {
+            let (region, dma) = (&region, &dma);
+            scope.spawn(move || quarantine(&device, dma, checks));
+            let seed = seed ^ (16 + index);
+            if index % 2 == 0 {
+                scope.spawn(move || region.probe(cache, region.span, refused, seed));
+            } else {
+                scope.spawn(move || region.neighbours(cache, Lane { index: 1 + index / 2, of: lanes }, seed));
+            }
+        }
         scope.spawn(|| watch(&dma, checks));
         let vcpu = scope.spawn(|| guest.run(checks));
         progress(options, checks, &dma, started);
@@ -126,6 +140,20 @@ fn load_and_watch(
         let mut all = std::iter::once(vcpu.join()).chain(others.into_iter().map(|other| other.join()));
         all.try_for_each(|done| done.unwrap_or_else(|_| Err("a thread of the run panicked".into())))
     })
+}
+
+/// A device that is quarantined is a finding: the run has none that may be.
+fn quarantine(device: &lockstep::Device, dma: &lockstep::GuestDma, checks: &Checks) {
+    while !checks.stopped() {
+        if device.is_quarantined() {
+            // Where this begins; everything else in it is as unanswered.
+            let at = device.unanswered().map_or(addr::Gpa::new(0), |span| addr::Gpa::new(span.start().get()));
+            let name = device.name();
+            let what = format!("device '{name}' did not answer an invalidation in time and is quarantined; all else went on");
+            checks.find_at(dma, Detector::Quarantine, at, "I-7", &what);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// Audits the whole, for ever.

@@ -3,7 +3,7 @@
 
 use crate::args::{FramesArg, RunArgs, SoakArgs};
 use crate::run::{self, Summary, WeatherCounts};
-use lockstep::Policy;
+use lockstep::{Borders, Policy};
 use pt::FormatKind;
 use serde::Serialize;
 use std::process::ExitCode;
@@ -94,6 +94,12 @@ fn scene(options: &SoakArgs, number: u64, left: Duration) -> RunArgs {
         // In turns: leaves are cut and merged with the first, and RMP groups shared by strangers with the second.
         frames: if number.is_multiple_of(2) { FramesArg::Contiguous } else { FramesArg::Scattered },
         vm: options.vm,
+        // The other reading keeps leaves over private pages, which the second address space must not.
+        borders: Borders::Table,
+        strict: random.u8(..4) == 0,
+        ats: (number % 3) as u32,
+        // On a busy host a device's thread may wait long for a processor.
+        ats_timeout: 20_000,
         json: true,
         plant: None,
     }

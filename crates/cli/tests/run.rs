@@ -60,11 +60,46 @@ fn scattered_frames_and_the_other_policy() {
     good(&["--seconds", "1", "--memory", "64M", "--policy", "shared-only"]);
 }
 
+/// The two open questions about the hardware, answered the other way.
+#[test]
+fn other_readings_of_the_hardware() {
+    for more in [&["--borders", "rmp"][..], &["--strict"], &["--borders", "rmp", "--strict", "--ats", "1"]] {
+        let summary = good(&[&["--seconds", "1", "--memory", "64M"], more].concat());
+        assert_eq!(summary["strict"], more.contains(&"--strict"), "{summary:#}");
+        assert_eq!(summary["borders"], if more.contains(&"rmp") { "rmp" } else { "table" }, "{summary:#}");
+    }
+}
+
+/// Flushes wait for every device's answer, and each answers in time.
+#[test]
+fn devices_with_caches_of_their_own() {
+    let summary = good(&["--seconds", "2", "--memory", "64M", "--ats", "2"]);
+    let caches = summary["ats"].as_object().expect("an object");
+    assert_eq!(caches.len(), 2, "{summary:#}");
+    for (name, cache) in caches {
+        println!("{name}: {cache}");
+        assert!(number(cache, "sent") > 0 && number(cache, "answers") > 0 && number(cache, "timeouts") == 0, "{name}: {cache:#}");
+        assert_eq!(cache["quarantined"], false);
+    }
+}
+
+/// The run comes to its end, and says which device it was.
+#[test]
+fn a_device_that_never_answers_is_reported() {
+    let output = lockstep(&["--seconds", "10", "--memory", "64M", "--json", "--break", "ats-never-answers", "--ats-timeout", "50"]);
+    let summary = json(&output);
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(summary["findings"][0]["detector"], "quarantine", "{summary:#}");
+    assert!(summary["ats"].as_object().expect("an object").values().any(|cache| cache["quarantined"] == true), "{summary:#}");
+    let caches = summary["findings"].as_array().expect("a list");
+    assert!(caches.iter().all(|found| found["detector"] == "quarantine"), "everything else is in order: {summary:#}");
+}
+
 #[test]
 fn every_planted_fault_is_found() {
     let list = lockstep(&["--break", "list"]);
     let names: Vec<&str> = std::str::from_utf8(&list.stdout).expect("names are text").lines().collect();
-    assert!(list.status.success() && names.len() >= 9, "{names:?}");
+    assert!(list.status.success() && names.len() >= 11, "{names:?}");
     for name in names {
         for vm in ["auto", "thread"] {
             let output = lockstep(&["--seconds", "10", "--memory", "64M", "--vm", vm, "--json", "--break", name]);

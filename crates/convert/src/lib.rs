@@ -26,7 +26,7 @@ mod switch;
 
 pub use audit::Auditor;
 pub use error::{ConvertError, Step};
-pub use policy::{Policy, PolicyRule};
+pub use policy::{Borders, Policy, PolicyRule, Reading};
 pub use raw_walk::{RawLeaf, RawOddity, RawTree, read_tree};
 pub use report::{AuditReport, Difference, Says};
 pub use smash::{SmashError, smash};

@@ -16,6 +16,9 @@ pub(crate) struct Piece {
     /// Its backing, by place in the list of held ones.
     pub(crate) held: usize,
     pub(crate) from: PageState,
+    /// Its leaves stay, in a space that keeps leaves: there are some, unless the pages have been given back, and they lead to the same memory
+    /// afterwards, unless it is a pair's.
+    pub(crate) keeps_leaf: bool,
     pub(crate) fate: Fate,
 }
 
@@ -60,7 +63,15 @@ impl Plan {
                     plan.backings.push(Arc::clone(pages));
                     plan.backings.len() - 1
                 });
-                plan.pieces.push(Piece { gpa, pages: span, to: change.to, held, from: PageState::Absent, fate: Fate::Kept });
+                plan.pieces.push(Piece {
+                    gpa,
+                    pages: span,
+                    to: change.to,
+                    held,
+                    from: PageState::Absent,
+                    keeps_leaf: false,
+                    fate: Fate::Kept,
+                });
             });
             if let Some(at) = missing {
                 return Err(ConvertError::NoMemory { span: change.span, at });
@@ -126,7 +137,8 @@ impl Plan {
                 let gpa = gpa_of(run);
                 // Also what stage 2 did not take the last time is done again.
                 if from != PageState::from(piece.to) || !is_told(space, gpa, piece.to) {
-                    todo.push(Piece { gpa, pages: run, from, ..*piece });
+                    let keeps_leaf = space.keeps_leaves() && from != PageState::Absent && backing.private_file().is_none();
+                    todo.push(Piece { gpa, pages: run, from, keeps_leaf, ..*piece });
                 }
             };
             for (run, state) in backing.states(piece.pages) {

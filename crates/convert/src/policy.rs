@@ -44,17 +44,81 @@ impl FromStr for Policy {
     }
 }
 
+/// Where the change of a page's owner must show: a question about the hardware that its documents leave open (linux-arch, February 2025, on mapping from a
+/// guest_memfd).
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub enum Borders {
+    /// In the IO page table, too: its leaves end wherever the owner changes, and a device's access is judged by its whole leaf. The stricter
+    /// reading: right under either.
+    #[default]
+    Table,
+    /// In the RMP only: leaves stay as they are across the change, an access is judged by the pages that it touches. A conversion then
+    /// has devices forget the pages after the owner has changed, and touches no leaf.
+    Rmp,
+}
+
+impl Borders {
+    /// Both, for help texts.
+    pub const ALL: [Self; 2] = [Self::Table, Self::Rmp];
+}
+
+impl fmt::Display for Borders {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Table => "table",
+            Self::Rmp => "rmp",
+        })
+    }
+}
+
+impl FromStr for Borders {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        let known = Self::ALL.into_iter().find(|borders| borders.to_string() == name);
+        known.ok_or_else(|| format!("borders are in the table or in the rmp, not in '{name}'"))
+    }
+}
+
+/// How the two open questions about the hardware are answered. The default is what is known to work on the CPU's side, and the stricter one where nothing
+/// is.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Reading {
+    /// Leaves above 2 MiB over shared memory are refused, so none are made. Otherwise they are judged as the CPU's: by their pages, whatever
+    /// their size.
+    pub strict: bool,
+    /// Where the change of an owner must show.
+    pub borders: Borders,
+}
+
 /// A policy as an IOAS asks it: per run of pages, the leaf sizes that are allowed.
 #[derive(Clone, Debug)]
 pub struct PolicyRule {
     policy: Policy,
+    reading: Reading,
     rmp: Arc<SystemRmp>,
 }
 
 impl PolicyRule {
     /// `policy`, with private leaves sized by the entries of `rmp`.
     pub fn new(policy: Policy, rmp: &Arc<SystemRmp>) -> Arc<Self> {
-        Arc::new(Self { policy, rmp: Arc::clone(rmp) })
+        Arc::new(Self { policy, reading: Reading::default(), rmp: Arc::clone(rmp) })
+    }
+
+    /// The same under a certain reading of the hardware. `rmp` is told as well: it judges accesses accordingly.
+    pub fn with_reading(policy: Policy, reading: Reading, rmp: &Arc<SystemRmp>) -> Arc<Self> {
+        rmp.set_strict(reading.strict);
+        rmp.set_by_page(reading.borders == Borders::Rmp);
+        Arc::new(Self { policy, reading, rmp: Arc::clone(rmp) })
+    }
+
+    /// Whether a conversion leaves the leaves alone: private and shared pages have the same.
+    pub fn keeps_leaves(&self) -> bool {
+        self.policy == Policy::Mirror && self.reading.borders == Borders::Rmp
+    }
+
+    fn shared_sizes(&self) -> SizeSet {
+        if self.reading.strict { SizeSet::ALL.up_to(Lg2::M2) } else { SizeSet::ALL }
     }
 
     /// Which policy.
@@ -88,7 +152,8 @@ impl PolicyRule {
 impl LeafRule for PolicyRule {
     fn leaf(&self, backing: &Backing, run: Span<Page>, state: PageState) -> (Span<Page>, Option<SizeSet>) {
         match (state, self.policy) {
-            (PageState::Shared, _) => (run, Some(SizeSet::ALL)),
+            (PageState::Shared, _) => (run, Some(self.shared_sizes())),
+            (PageState::Private, _) if self.keeps_leaves() => (run, Some(self.shared_sizes())),
             (PageState::Private, Policy::Mirror) => {
                 let (prefix, sizes) = self.entry_size(backing, run);
                 (prefix, Some(sizes))

@@ -8,12 +8,14 @@ use addr::{Address, Gpa, Lg2, Oa, OverlapError, PAGE_LG2, Page, Span, SpanError,
 use backing::{Backing, PageState};
 use ioas::Pages;
 use iommu::SystemRmp;
-use secure::{Code, Pvalidate, PvalidateError, RmpSize, Validated, Vmpl};
+use secure::{Attributes, Code, Perms, Pvalidate, PvalidateError, RmpSize, RmpadjustError, Validated, Vmpl};
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use thiserror::Error;
 
+/// The second word of an entry after RMPUPDATE: VMPL 0 may do everything, the others nothing.
+const FRESH_PERMS: u64 = 0x1f;
 /// Pages of one 2 MiB entry.
 const GROUP_LG2: u8 = 9;
 
@@ -25,6 +27,9 @@ pub struct Space {
     slots: RwLock<Slots>,
     /// What the guest has validated, as far as it told us: an audit compares it with the RMP's bits.
     validated: Mutex<SpanMap<Gpa, ()>>,
+    /// Permissions that the guest gave to other levels than VMPL 0: the second word of the entry, where that is not as RMPUPDATE left it.
+    adjusted: Mutex<SpanMap<Gpa, u64>>,
+    keeps_leaves: AtomicBool,
     pub(crate) counters: CountersNow,
     watch: RwLock<Option<Arc<Watch>>>,
 }
@@ -145,6 +150,8 @@ impl Space {
             asid,
             slots: RwLock::default(),
             validated: Mutex::default(),
+            adjusted: Mutex::default(),
+            keeps_leaves: AtomicBool::new(false),
             counters: CountersNow::default(),
             watch: RwLock::default(),
         })
@@ -350,6 +357,64 @@ impl Space {
     pub(crate) fn forget_validated(&self, span: Span<Gpa>) {
         // As in `pvalidate`.
         let _ = self.validated().clear(span);
+        let _ = self.adjusted().clear(span);
+    }
+
+    /// The guest, at `vmpl`, executes RMPADJUST on one page of 4 KiB or 2 MiB: what `target` may do with it. A device acts with the permissions of the
+    /// VMPL in its sDTE, and every access asks for them, so nothing has to be invalidated. 2 MiB entries are split as for
+    /// [`Space::pvalidate`].
+    ///
+    /// # Errors
+    /// The instruction's own, and `None` where no memslot is.
+    pub fn rmpadjust(&self, vmpl: Vmpl, gpa: Gpa, size: RmpSize, target: Vmpl, perms: Perms) -> Result<(), Option<RmpadjustError>> {
+        let span = Span::block(gpa, size.lg2());
+        let (backing, page) = self.page_at(span.start()).ok_or(None)?;
+        let group = Span::block(page, GROUP_LG2).intersect(backing.pages()).ok_or(None)?;
+        let _held = backing.lock(group);
+        if size == RmpSize::M2 && !backing.oa(page).is_aligned(Lg2::M2.0) {
+            return Err(Some(RmpadjustError::Fail(Code::FailSizeMismatch)));
+        }
+        let set = Attributes { target, perms, vmsa: false };
+        let execute = || self.rmp.rmpadjust(self.asid, vmpl, span.start(), backing.oa(page), size, set);
+        let adjust = || switch::retry(RmpadjustError::Fail(Code::FailInUse), execute);
+        let mut done = adjust();
+        if let Err(RmpadjustError::Npf(bits)) = done
+            && bits & secure::npf::SIZEM != 0
+            && smash_held(&self.rmp, &backing, group).is_ok()
+        {
+            self.counters.smashed.fetch_add(1, Ordering::Relaxed);
+            done = adjust();
+        }
+        done?;
+        let mut adjusted = self.adjusted();
+        let known: Vec<(Span<Gpa>, u64)> = adjusted.runs(span).map(|(run, word)| (run, word.copied().unwrap_or(FRESH_PERMS))).collect();
+        let shift = 8 * target as u32;
+        for (run, word) in known {
+            // Without memory for the record an audit will say so; the instruction has happened.
+            let _ = adjusted.set(run, word & !(0xff << shift) | u64::from(perms.0) << shift);
+        }
+        Ok(())
+    }
+
+    /// The permissions that the entry of the page at `gpa` should have, as far as the guest told us.
+    pub(crate) fn perms_word(&self, gpa: Gpa) -> u64 {
+        self.adjusted().get(gpa).map_or(FRESH_PERMS, |(_, word)| *word)
+    }
+
+    fn adjusted(&self) -> MutexGuard<'_, SpanMap<Gpa, u64>> {
+        self.adjusted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on conversions leave IO page table leaves alone, since private and shared pages have the same
+    /// ([`PolicyRule::keeps_leaves`](crate::PolicyRule::keeps_leaves)). Every IOAS that shows this memory must have such a rule. To be
+    /// said before the first conversion.
+    pub fn keep_leaves(&self) {
+        self.keeps_leaves.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether conversions leave IO page table leaves alone.
+    pub fn keeps_leaves(&self) -> bool {
+        self.keeps_leaves.load(Ordering::Relaxed)
     }
 
     fn validated(&self) -> MutexGuard<'_, SpanMap<Gpa, ()>> {

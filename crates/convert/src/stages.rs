@@ -168,7 +168,7 @@ impl<'a> Conversion<'a, Frozen> {
         let skip = fail::planted("convert.leave_leaf");
         self.core.occupied = skip;
         let core = &mut self.core;
-        for piece in core.pieces.iter().skip(usize::from(skip)) {
+        for piece in core.pieces.iter().skip(usize::from(skip)).filter(|piece| !piece.keeps_leaf) {
             core.held[piece.held].pages.clear(piece.pages, &mut core.edit);
         }
         core.edit.flush();
@@ -182,7 +182,7 @@ impl<'a> Conversion<'a, Detached> {
     fn settle(mut self) -> Result<Conversion<'a, Settled>, ConvertError> {
         if let Err(Busy { at }) = self.core.space.stage2.settle(&self.core.frozen) {
             // Under the old owner, with tables that were reserved.
-            self.core.fill(|_| true);
+            self.core.fill(|piece| !piece.keeps_leaf);
             let span = self.core.frozen.iter().find(|span| span.contains(at)).copied().unwrap_or(Span::one(at));
             return Err(self.core.error.take().unwrap_or(ConvertError::Busy { span, at }));
         }
@@ -200,6 +200,7 @@ impl<'a> Conversion<'a, Settled> {
             self.core.occupied = true;
         }
         self.core.switch();
+        self.core.part_devices();
         self.core.show(Step::Switch);
         self.next()
     }
@@ -229,7 +230,7 @@ impl<'a> Conversion<'a, Discarded> {
     /// Maps what devices may see now, of the pages that changed and of those that did not.
     fn attach(mut self) -> Conversion<'a, Attached> {
         if !self.core.occupied {
-            self.core.fill(|piece| matches!(piece.fate, Fate::Kept | Fate::Committed));
+            self.core.fill(|piece| matches!(piece.fate, Fate::Kept | Fate::Committed) && !piece.keeps_leaf);
         }
         self.core.show(Step::Attach);
         self.next()
@@ -281,8 +282,10 @@ impl Core<'_> {
                 self.space.rmp.smash_begin(oa);
                 let smashed = switch::smash(&self.space.rmp, oa);
                 if smashed.is_ok() {
-                    held.pages.clear(part, &mut self.edit);
-                    cleared.push((piece.held, part));
+                    if !self.space.keeps_leaves() {
+                        held.pages.clear(part, &mut self.edit);
+                        cleared.push((piece.held, part));
+                    }
                     self.space.counters.smashed.fetch_add(1, Ordering::Relaxed);
                 }
                 self.space.rmp.smash_end(oa);
@@ -339,6 +342,20 @@ impl Core<'_> {
             break;
         }
         self.pieces.extend(pieces);
+    }
+
+    /// Where leaves stay, the owner has changed under the devices: whoever was let in before is waited for now, and every access is judged
+    /// anew. A page that nobody may have any more loses its leaf all the same.
+    fn part_devices(&mut self) {
+        for piece in self.pieces.iter().filter(|piece| piece.keeps_leaf) {
+            let pages = self.held[piece.held].pages;
+            if piece.fate == Fate::Leaked {
+                pages.clear(piece.pages, &mut self.edit);
+            } else {
+                pages.invalidate(piece.pages, &mut self.edit);
+            }
+        }
+        self.edit.flush();
     }
 
     fn set_states(&mut self, which: impl Fn(&Piece) -> bool) {

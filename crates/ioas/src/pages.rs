@@ -94,6 +94,17 @@ impl Pages {
         }
     }
 
+    /// Has devices forget what they have cached of `pages`, in all domains; the leaves stay. When [`Edit::flush`] has returned, every access
+    /// begins anew.
+    pub fn invalidate(&self, pages: Span<Page>, edit: &mut Edit) {
+        for (part, area) in self.read().overlapping(pages) {
+            let Some(iova) = part.intersect(pages).and_then(|part| area.iova_of(part)) else { continue };
+            for seat in area.seats().iter() {
+                edit.slot(&seat.domain).gather.add(iova);
+            }
+        }
+    }
+
     /// [`Pages::clear`] for one area in one domain.
     pub(crate) fn clear_part(&self, area: &Area, part: Span<Page>, slot: &mut Slot) {
         let Some(iova) = area.iova_of(part) else { return };

@@ -6,7 +6,7 @@ use crate::device::Identity;
 use crate::iotlb::{Hit, Iotlb};
 use crate::log::Missed;
 use crate::{Access, Device, Domain, Fault, FaultKind};
-use addr::{Address, Gpa, Iova, Oa, Span};
+use addr::{Address, Gpa, Iova, Lg2, Oa, Span};
 use backing::{HostAddr, Owner, Windows};
 use pt::{Leaf, Perm};
 use secure::{Refusal, Requester};
@@ -207,11 +207,13 @@ impl Context {
     fn walk(&mut self, iova: Iova) -> Result<Leaf, Refused> {
         self.counters.walks += 1;
         let domain = self.identity.domain.as_ref().ok_or(Refused::by(FaultKind::NotAttached, None))?;
-        domain.table().walk(iova).ok_or(Refused::by(FaultKind::NotMapped, None))
+        let leaf = domain.table().walk(iova).ok_or(Refused::by(FaultKind::NotMapped, None))?;
+        Ok(if self.device.iommu().rmp().checks_pages() { page_of(leaf, iova) } else { leaf })
     }
 
     fn fill(&mut self, leaf: Leaf) -> Hit<Target> {
-        self.iotlb.fill(leaf.iova, leaf.size, leaf.perm, target(&leaf))
+        // What the device may not do at all is not cached as allowed, so a hit need not ask again.
+        self.iotlb.fill(leaf.iova, leaf.size, leaf.perm.and(self.identity.rights), target(&leaf))
     }
 
     /// The page table's permissions, and the secure world's answer for the whole leaf: hardware checks what the walk returned, not the
@@ -219,7 +221,8 @@ impl Context {
     fn check(&self, hit: &Hit<Target>, iova: Iova, access: Access) -> Result<(), Refused> {
         let oa = Some(hit.value.oa.plus(iova.offset_from(hit.start)));
         if !hit.perm.allows(wanted(access)) {
-            return Err(Refused::by(FaultKind::NoPermission, oa));
+            let kind = if self.identity.rights.allows(wanted(access)) { FaultKind::NoPermission } else { FaultKind::NoRight };
+            return Err(Refused::by(kind, oa));
         }
         let who = self.identity.requester.map_err(|kind| Refused::by(kind, oa))?;
         let answer = self.ask(who, hit, access);
@@ -290,6 +293,15 @@ impl Context {
         self.device.record(fault);
         fault
     }
+}
+
+/// That page of a larger leaf, where the secure world judges pages and not leaves.
+fn page_of(leaf: Leaf, iova: Iova) -> Leaf {
+    if leaf.size <= Lg2::K4 {
+        return leaf;
+    }
+    let page = iova.align_down(Lg2::K4.0);
+    Leaf { iova: page, oa: leaf.oa.plus(page.offset_from(leaf.iova)), size: Lg2::K4, ..leaf }
 }
 
 #[inline(always)]

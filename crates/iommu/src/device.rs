@@ -3,26 +3,16 @@
 //! A DMA context keeps a copy of both and compares one number, the generation, each time it enters a guard. So a change costs contexts nothing
 //! until it happens, and after a grace period nobody works with the old state.
 
-use crate::{Domain, Error, Fault, FaultKind, Iommu, KindCounters};
-use addr::Gpa;
+use crate::ats::{Counters, Port};
+use crate::tdisp::Interface;
+use crate::{Access, AtsStats, Domain, Error, Fault, FaultKind, Iommu, KindCounters, Tdisp};
+use addr::{Gpa, Iova, Span};
+use pt::Perm;
 use secure::{Requester, Vmpl};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use sync::fail;
-
-/// Where a trusted device interface stands (PCIe TDISP).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Tdisp {
-    /// Not set up; the host may change it.
-    Unlocked,
-    /// Its configuration is fixed, the guest has not accepted it yet.
-    Locked,
-    /// Accepted: the only state in which its DMA may be trusted.
-    Run,
-    /// Something touched the configuration; nothing goes until it is unlocked.
-    Error,
-}
 
 /// What a device is to the secure world.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,8 +49,12 @@ impl Trust {
 #[derive(Clone)]
 struct State {
     domain: Option<Arc<Domain>>,
+    interface: Interface,
     trust: Trust,
+    /// What the sDTE leaves of the page table's permissions.
+    rights: Perm,
     gpa_offset: u64,
+    quarantined: bool,
 }
 
 /// The copy, and when it was made.
@@ -68,6 +62,7 @@ pub(crate) struct Identity {
     pub(crate) generation: u64,
     pub(crate) domain: Option<Arc<Domain>>,
     pub(crate) requester: Result<Requester, FaultKind>,
+    pub(crate) rights: Perm,
     pub(crate) gpa_offset: u64,
 }
 
@@ -82,11 +77,22 @@ pub struct Device {
     /// Held by who changes the state, until nobody works with the old one.
     changing: Mutex<()>,
     faults: KindCounters,
+    /// Its translation caches. The lock is held for a look or an edit; grace periods under it wait for accesses alone.
+    ports: Mutex<Vec<Arc<Port>>>,
+    ats: Arc<Counters>,
+    unanswered: Mutex<Option<Span<Iova>>>,
 }
 
 impl Device {
     pub(crate) fn new(id: u32, name: &str, iommu: Arc<Iommu>) -> Self {
-        let state = State { domain: None, trust: Trust::Untrusted, gpa_offset: 0 };
+        let state = State {
+            domain: None,
+            interface: Interface::default(),
+            trust: Trust::Untrusted,
+            rights: Perm::RW,
+            gpa_offset: 0,
+            quarantined: false,
+        };
         Self {
             id,
             name: name.into(),
@@ -95,6 +101,9 @@ impl Device {
             state: Mutex::new(state),
             changing: Mutex::new(()),
             faults: KindCounters::default(),
+            ports: Mutex::default(),
+            ats: Arc::default(),
+            unanswered: Mutex::default(),
         }
     }
 
@@ -149,12 +158,13 @@ impl Device {
         self.change(|state| state.domain = None)
     }
 
-    /// Changes what the device is to the secure world. When this returns, no DMA under the old identity is in flight.
+    /// Says directly what the device is to the secure world, without the protocol that leads there ([`Device::bind`] and on), until the next
+    /// request of that. When this returns, no DMA under the old identity is in flight.
     ///
     /// # Errors
     /// [`Error::HeldByCaller`].
     pub fn set_trust(&self, trust: Trust) -> Result<(), Error> {
-        self.change(|state| state.trust = trust)
+        self.change(|state| (state.trust, state.rights) = (trust, Perm::RW))
     }
 
     /// Private memory sits at `GPA = IOVA + offset` (modulo 2^64) for this device. 0, the start, is what SEV-TIO guests have.
@@ -165,20 +175,167 @@ impl Device {
         self.change(|state| state.gpa_offset = offset)
     }
 
-    fn change(&self, edit: impl FnOnce(&mut State)) -> Result<(), Error> {
+    /// A function-level reset: ends a quarantine, and empties the device's translation caches. An interface
+    /// that was locked or ran is in ERROR afterwards. When this returns, no DMA from before is in flight.
+    ///
+    /// # Errors
+    /// [`Error::HeldByCaller`].
+    pub fn reset(&self) -> Result<(), Error> {
+        self.change_with(true, |state| {
+            state.quarantined = false;
+            if state.interface.disturb() {
+                (state.trust, state.rights) = (state.interface.trust(), state.interface.rights());
+            }
+            Ok(())
+        })
+    }
+
+    /// Whether the device has no access until it is reset, because it did not answer an invalidation.
+    pub fn is_quarantined(&self) -> bool {
+        self.state().quarantined
+    }
+
+    /// What its translation caches had to forget so far.
+    pub fn ats(&self) -> AtsStats {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let Counters { sent, answers, timeouts, quarantines } = &*self.ats;
+        let caches = self.ports().len() as u64;
+        AtsStats { caches, sent: read(sent), answers: read(answers), timeouts: read(timeouts), quarantines: read(quarantines) }
+    }
+
+    /// A step of the interface's protocol.
+    pub(crate) fn request(&self, edit: impl Fn(&mut Interface) -> Result<(), Error>) -> Result<(), Error> {
+        self.change_with(false, |state| {
+            edit(&mut state.interface)?;
+            (state.trust, state.rights) = (state.interface.trust(), state.interface.rights());
+            Ok(())
+        })
+    }
+
+    pub(crate) fn interface(&self) -> Interface {
+        self.state().interface
+    }
+
+    fn change(&self, edit: impl Fn(&mut State)) -> Result<(), Error> {
+        self.change_with(false, |state| {
+            edit(state);
+            Ok(())
+        })
+    }
+
+    /// `edit` is tried on a copy first, so that nothing happens when it fails.
+    fn change_with(&self, reset: bool, edit: impl Fn(&mut State) -> Result<(), Error>) -> Result<(), Error> {
         fail::step("iommu.attach")?;
         let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let old = self.state().domain.clone();
         if let Some(old) = old.as_ref().filter(|old| old.held_by_caller()) {
             return Err(Error::HeldByCaller { domain: old.id() });
         }
-        edit(&mut self.state());
+        let ports = self.ports();
+        let moves_to = {
+            let mut next = self.state().clone();
+            edit(&mut next)?;
+            next.domain.filter(|new| !old.as_ref().is_some_and(|old| Arc::ptr_eq(old, new)))
+        };
+        if let Some(new) = &moves_to {
+            ports.iter().for_each(|port| new.join(port));
+        }
+        if reset {
+            // Nothing is translated from here until the new state holds, so the caches are still empty then.
+            self.block();
+            self.iommu.readers().grace(old.as_ref().map_or(0, |old| old.id()));
+            ports.iter().for_each(|port| port.reset());
+        }
+        edit(&mut self.state())?;
         // Whoever enters a guard from the grace period on sees this, and copies the new state.
         self.generation.fetch_add(1, Ordering::AcqRel);
-        if let Some(old) = old {
+        if let Some(old) = &old {
             self.iommu.readers().grace(old.id());
         }
+        for port in &ports {
+            self.iommu.readers().grace(port.guard());
+        }
+        // Translations of the old domain, or for the old identity, may still lie in the device.
+        if !reset {
+            ports.iter().for_each(|port| port.send_all());
+            for port in ports.iter().filter(|port| !port.wait()) {
+                self.quarantine(old.as_ref().map_or(0, |old| old.id()), port);
+            }
+        }
+        let domain = self.state().domain.clone();
+        if let Some(old) = old.filter(|old| !domain.as_ref().is_some_and(|new| Arc::ptr_eq(old, new))) {
+            ports.iter().for_each(|port| old.leave(port));
+        }
         Ok(())
+    }
+
+    /// Takes all access from a device that did not answer. When this returns none is in flight, neither through `domain` nor by an address
+    /// that was translated before. Does not allocate and cannot fail (I-9).
+    pub(crate) fn quarantine(&self, domain: u32, port: &Port) {
+        let span = port.outstanding();
+        if !self.is_quarantined() {
+            // Before anyone can see that it is.
+            *self.unanswered.lock().unwrap_or_else(PoisonError::into_inner) = Some(span);
+        }
+        let known = self.block();
+        // Also when somebody else has done it just now: their grace period may not be over.
+        self.iommu.readers().grace(domain);
+        for port in self.ports.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            self.iommu.readers().grace(port.guard());
+        }
+        if !known {
+            self.ats.quarantines.fetch_add(1, Ordering::Relaxed);
+            let reason = FaultKind::NotAnswered;
+            self.record(Fault {
+                device: self.id,
+                domain: Some(domain),
+                iova: span.start(),
+                access: Access::Read,
+                table: reason.refused_by(),
+                reason,
+                oa: None,
+                done: 0,
+                refusal: None,
+            });
+        }
+    }
+
+    /// No access is begun any more. Answers whether that was so already.
+    fn block(&self) -> bool {
+        let known = std::mem::replace(&mut self.state().quarantined, true);
+        self.generation.fetch_add(1, Ordering::AcqRel);
+        known
+    }
+
+    /// Everything that it had been asked to forget when it was quarantined the last time, in one span.
+    pub fn unanswered(&self) -> Option<Span<Iova>> {
+        *self.unanswered.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A translation cache of the device. It is empty.
+    pub(crate) fn add_port(&self, port: &Arc<Port>) {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.ports.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(port));
+        if let Some(domain) = self.domain() {
+            domain.join(port);
+        }
+    }
+
+    /// The cache is gone.
+    pub(crate) fn remove_port(&self, port: &Arc<Port>) {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.ports.lock().unwrap_or_else(PoisonError::into_inner).retain(|own| !Arc::ptr_eq(own, port));
+        if let Some(domain) = self.domain() {
+            domain.leave(port);
+        }
+    }
+
+    pub(crate) fn ats_counters(&self) -> &Arc<Counters> {
+        &self.ats
+    }
+
+    fn ports(&self) -> Vec<Arc<Port>> {
+        self.ports.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     #[inline]
@@ -189,8 +346,9 @@ impl Device {
     pub(crate) fn identity(&self) -> Identity {
         // Read before the state: if that changes in between, the copy counts as old and is made again.
         let generation = self.generation();
-        let State { domain, trust, gpa_offset } = self.state().clone();
-        Identity { generation, domain, requester: trust.requester(), gpa_offset }
+        let State { domain, trust, rights, gpa_offset, quarantined, .. } = self.state().clone();
+        let requester = if quarantined { Err(FaultKind::Quarantined) } else { trust.requester() };
+        Identity { generation, domain, requester, rights, gpa_offset }
     }
 
     pub(crate) fn record(&self, fault: Fault) {

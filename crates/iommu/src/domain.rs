@@ -3,9 +3,10 @@
 //! The order is always the same: clear the entries, log their spans, wait for the grace period, release tables and pages (D-2, I-4). The
 //! caller does the first, [`Domain::flush`] the rest.
 
+use crate::ats::{Members, Port};
 use crate::log::{Log, Missed};
 use crate::{DomainConfig, Error, IoArena, IoTable};
-use addr::{Iova, Lg2, SizeSet, Span};
+use addr::{Iova, Lg2, Oa, SizeSet, Span};
 use backing::Words;
 use pt::{FormatKind, Gather, NoTable, Stock};
 use std::fmt;
@@ -23,6 +24,8 @@ pub struct Domain {
     aperture: Span<Iova>,
     can_track_dirty: bool,
     log: Log,
+    /// Translation caches in devices.
+    ports: Members,
     readers: Arc<Readers>,
     dirty: AtomicBool,
     spans: AtomicU64,
@@ -51,6 +54,7 @@ impl Domain {
             aperture,
             can_track_dirty: config.tracks_dirty && format.dirty_bit() != 0,
             log: Log::new(),
+            ports: Members::default(),
             readers: Arc::clone(readers),
             dirty: AtomicBool::new(false),
             spans: AtomicU64::new(0),
@@ -116,9 +120,13 @@ impl Domain {
         }
         let logged = self.log.append(spans);
         self.spans.fetch_add(logged, Ordering::Relaxed);
+        if !self.ports.is_empty() {
+            self.ports.send(&self.log);
+        }
     }
 
-    /// The second half of [`Domain::flush`]: until every guard that was open is left. Then finish the gather with a closure that does nothing.
+    /// The second half of [`Domain::flush`]: until every guard that was open is left, and every device with a translation cache has answered or is
+    /// quarantined. Then finish the gather with a closure that does nothing.
     ///
     /// # Panics
     /// As [`Domain::flush`].
@@ -128,6 +136,9 @@ impl Domain {
         }
         self.readers.grace(self.id);
         self.graces.fetch_add(1, Ordering::Relaxed);
+        if !self.ports.is_empty() {
+            self.ports.settle(self.id, &self.log);
+        }
     }
 
     /// Cuts leaves so that `span`, which the caller holds, has borders of its own: [`pt::Table::cut`]. Where the format needs break-before-make
@@ -161,8 +172,11 @@ impl Domain {
     /// From now on writes mark their leaves dirty, or no longer do. A domain that cannot ([`Domain::can_track_dirty`]) never does.
     pub fn track_dirty(&self, on: bool) {
         self.dirty.store(on && self.can_track_dirty, Ordering::Release);
-        // After the grace period every write is one that knows.
+        // After the grace period every write is one that knows. Devices that translated for a write before have to ask again.
         self.readers.grace(self.id);
+        if !self.ports.is_empty() {
+            self.flush_now(Span::whole());
+        }
     }
 
     /// Whether writes mark their leaves dirty.
@@ -174,6 +188,22 @@ impl Domain {
     /// Spans logged and grace periods waited for so far.
     pub fn flush_stats(&self) -> FlushStats {
         FlushStats { spans: self.spans.load(Ordering::Relaxed), graces: self.graces.load(Ordering::Relaxed) }
+    }
+
+    /// Shows what devices have translated of `span` in caches of their own and may still use: the device's number, the part, and where it leads.
+    /// For audits; waits for transactions that are under way.
+    pub fn each_cached_by_devices(&self, span: Span<Iova>, show: impl FnMut(u32, Span<Iova>, Oa)) {
+        if !self.ports.is_empty() {
+            self.ports.each_cached(span, show);
+        }
+    }
+
+    pub(crate) fn join(&self, port: &Arc<Port>) {
+        self.ports.join(port, &self.log);
+    }
+
+    pub(crate) fn leave(&self, port: &Arc<Port>) {
+        self.ports.leave(port);
     }
 
     #[inline]

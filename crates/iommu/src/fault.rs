@@ -71,11 +71,20 @@ pub enum FaultKind {
     BadLength = 9,
     /// The engine was given a command it does not know.
     BadCommand = 10,
+    /// The device was quarantined because it did not answer an invalidation; a reset ends that.
+    Quarantined = 11,
+    /// No access: the device did not answer the invalidation of what begins at this address in time.
+    NotAnswered = 12,
+    /// The secure world's table does not allow this for an address that the device had translated earlier: it kept the translation for too
+    /// long, or its owner took a permission away.
+    SecureTranslated = 13,
+    /// The guest gave the device no right to do this (ir, iw of the secure device table entry).
+    NoRight = 14,
 }
 
 impl FaultKind {
     /// How many kinds there are, and one more, for tables by number.
-    pub const COUNT: usize = 11;
+    pub const COUNT: usize = 15;
 
     /// Every kind.
     pub const ALL: [Self; Self::COUNT - 1] = [
@@ -89,23 +98,36 @@ impl FaultKind {
         Self::HostMemoryGone,
         Self::BadLength,
         Self::BadCommand,
+        Self::Quarantined,
+        Self::NotAnswered,
+        Self::SecureTranslated,
+        Self::NoRight,
     ];
 
     /// Who refuses for this reason.
     pub const fn refused_by(self) -> RefusedBy {
         match self {
             Self::NotMapped | Self::NoPermission => RefusedBy::IoPageTable,
-            Self::Secure => RefusedBy::SecureWorld,
+            Self::Secure | Self::SecureTranslated => RefusedBy::SecureWorld,
             Self::NoHostMemory | Self::HostMemoryGone => RefusedBy::Backing,
-            Self::NotAttached | Self::NotRunning | Self::Wraps | Self::BadLength | Self::BadCommand => RefusedBy::Device,
+            Self::NotAttached
+            | Self::NotRunning
+            | Self::Wraps
+            | Self::BadLength
+            | Self::BadCommand
+            | Self::Quarantined
+            | Self::NotAnswered
+            | Self::NoRight => RefusedBy::Device,
         }
     }
 
-    /// The event that AMD's IOMMU would log (AMD IOMMU specification, 2.5: IO_PAGE_FAULT, RMP_PAGE_FAULT); `None` where hardware has none.
+    /// The event that AMD's IOMMU would log (AMD IOMMU specification, 2.5: IO_PAGE_FAULT, IOTLB_INV_TIMEOUT,
+    /// RMP_PAGE_FAULT); `None` where hardware has none.
     pub const fn amd_event(self) -> Option<u8> {
         match self {
-            Self::NotMapped | Self::NoPermission | Self::NotAttached => Some(0x2),
-            Self::Secure | Self::NotRunning => Some(0xd),
+            Self::NotMapped | Self::NoPermission | Self::NotAttached | Self::Quarantined | Self::NoRight => Some(0x2),
+            Self::NotAnswered => Some(0x7),
+            Self::Secure | Self::SecureTranslated | Self::NotRunning => Some(0xd),
             _ => None,
         }
     }
@@ -122,6 +144,10 @@ impl FaultKind {
             Self::HostMemoryGone => "the host memory vanished",
             Self::BadLength => "the engine does not take this length",
             Self::BadCommand => "the engine does not know this command",
+            Self::Quarantined => "the device is quarantined until it is reset",
+            Self::NotAnswered => "the device did not answer an invalidation in time",
+            Self::NoRight => "the guest does not let the device do that",
+            Self::SecureTranslated => "the secure world does not allow it, and the device had translated the address earlier",
         }
     }
 }

@@ -6,6 +6,7 @@ use backing::Words;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 use sync::Readers;
 use thiserror::Error;
 
@@ -43,6 +44,31 @@ pub enum Error {
         /// The domain.
         domain: u32,
     },
+    /// A request that the device's interface does not take as it stands.
+    #[error("{request} is not for an interface in {state}, {}", match .bound { Some(asid) => format!("bound to ASID {asid}"), None => "bound to no guest".into() })]
+    Interface {
+        /// The request.
+        request: &'static str,
+        /// Where the interface stands.
+        state: crate::Tdisp,
+        /// The guest that it is bound to.
+        bound: Option<u32>,
+    },
+    /// START_INTERFACE without the number that LOCK_INTERFACE answered.
+    #[error("the nonce is not the one that LOCK_INTERFACE answered")]
+    Nonce,
+    /// An ASID that no RMP entry can hold for a guest.
+    #[error("no guest has ASID {asid:#x}; there are 1 to 0x3fe")]
+    Asid {
+        /// What was asked for.
+        asid: u32,
+    },
+    /// Firmware does not take a secure device table entry.
+    #[error("firmware refuses the secure device table entry: {status:?}")]
+    Sdte {
+        /// What it answers to the guest.
+        status: crate::SdteStatus,
+    },
     /// A domain was to have leaf sizes of which its format has none.
     #[error("format {format} has no leaf size in {:#x}; its sizes are {:#x}", .sizes.0, .format.sizes().0)]
     NoSizes {
@@ -73,6 +99,8 @@ pub struct Config {
     pub iotlb_entries: usize,
     /// Fault records that are kept.
     pub fault_records: usize,
+    /// How long a device may take to answer an invalidation of its translation cache; then it is quarantined.
+    pub ats_timeout: Duration,
     /// What a domain is whose maker does not say otherwise ([`Iommu::domain`]).
     pub domain: DomainConfig,
 }
@@ -80,7 +108,13 @@ pub struct Config {
 impl Default for Config {
     /// 16 GiB of address space for tables: enough to map 8 TiB in 4 KiB leaves.
     fn default() -> Self {
-        Self { table_bytes: 16 << 30, iotlb_entries: 16_384, fault_records: 1024, domain: DomainConfig::default() }
+        Self {
+            table_bytes: 16 << 30,
+            iotlb_entries: 16_384,
+            fault_records: 1024,
+            ats_timeout: Duration::from_millis(100),
+            domain: DomainConfig::default(),
+        }
     }
 }
 
@@ -91,7 +125,9 @@ pub struct Iommu {
     readers: Arc<Readers>,
     faults: FaultLog,
     iotlb_entries: usize,
+    ats_timeout: Duration,
     domain: DomainConfig,
+    /// Of domains, and of everything else that guards are told apart by.
     next_domain: AtomicU32,
     next_device: AtomicU32,
 }
@@ -110,6 +146,7 @@ impl Iommu {
             readers: Arc::default(),
             faults: FaultLog::new(config.fault_records),
             iotlb_entries: config.iotlb_entries,
+            ats_timeout: config.ats_timeout,
             domain: config.domain,
             next_domain: AtomicU32::new(1),
             next_device: AtomicU32::new(1),
@@ -131,8 +168,7 @@ impl Iommu {
     /// [`Error::NoTable`]; [`Error::NoSizes`], [`Error::NoAperture`] when the limits leave nothing of the format.
     pub fn domain_with(&self, config: &DomainConfig) -> Result<Arc<Domain>, Error> {
         sync::fail::step("iommu.domain")?;
-        let id = self.next_domain.fetch_add(1, Ordering::Relaxed);
-        Ok(Arc::new(Domain::new(id, config, &self.arena, &self.readers)?))
+        Ok(Arc::new(Domain::new(self.unique_id(), config, &self.arena, &self.readers)?))
     }
 
     /// A new device, attached to nothing, untrusted.
@@ -158,6 +194,15 @@ impl Iommu {
     /// Refused accesses.
     pub fn faults(&self) -> &FaultLog {
         &self.faults
+    }
+
+    /// A number that no guard was told apart by before.
+    pub(crate) fn unique_id(&self) -> u32 {
+        self.next_domain.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(crate) fn ats_timeout(&self) -> Duration {
+        self.ats_timeout
     }
 
     pub(crate) fn iotlb_entries(&self) -> usize {

@@ -2,7 +2,7 @@
 
 use addr::{Address, Gpa, Iova, PAGE_LG2, Page, Span};
 use backing::{Backing, HostAddr, PageState, Words};
-use convert::{AuditReport, Auditor, Change, ConvertError, Counters, Done, Policy, PolicyRule, Space, SpaceError, Stage2};
+use convert::{AuditReport, Auditor, Change, ConvertError, Counters, Done, Policy, PolicyRule, Reading, Space, SpaceError, Stage2};
 use ioas::{Edit, Ioas, Pages, Place};
 use iommu::{Device, Iommu, SystemRmp, Trust};
 use pt::Perm;
@@ -18,15 +18,15 @@ pub struct Config {
     pub policy: Policy,
     /// The guest's address space identifier, from 1 on.
     pub asid: u32,
-    /// Also refuse shared leaves above 2 MiB: the stricter reading of what hardware does (design D-6).
-    pub strict: bool,
+    /// Two open questions about the hardware, and how they are answered.
+    pub reading: Reading,
     /// The IOMMU's sizes.
     pub iommu: iommu::Config,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { policy: Policy::Mirror, asid: 1, strict: false, iommu: iommu::Config::default() }
+        Self { policy: Policy::Mirror, asid: 1, reading: Reading::default(), iommu: iommu::Config::default() }
     }
 }
 
@@ -62,6 +62,14 @@ pub enum Error {
         /// What the host said.
         source: std::io::Error,
     },
+    /// The guest has no device interface of that number, or already has one.
+    #[error("{} of the guest has the number {id:#x}", if *taken { "another interface" } else { "no interface" })]
+    Interface {
+        /// As the guest calls it.
+        id: u16,
+        /// Whether there is one.
+        taken: bool,
+    },
     /// The guest named memory that it does not have.
     #[error("no memslot is at {0:?}")]
     NoMemory(Gpa),
@@ -87,6 +95,8 @@ pub struct GuestDma {
     policy: Policy,
     /// How many memslots use a backing's RMP segment.
     covered: Mutex<HashMap<backing::BackingId, (Span<addr::Oa>, usize)>>,
+    /// Trusted device interfaces by the number that the guest knows them by.
+    pub(crate) interfaces: Mutex<HashMap<u16, Arc<Device>>>,
 }
 
 /// Which pages a host access is about.
@@ -104,11 +114,14 @@ impl GuestDma {
     /// No address space for page tables.
     pub fn new(config: &Config, stage2: Arc<dyn Stage2>) -> Result<Self, Error> {
         let rmp = Arc::new(SystemRmp::new());
-        rmp.set_strict(config.strict);
         let iommu = Iommu::new(&config.iommu, Arc::clone(&rmp))?;
-        let ioas = Ioas::new(&iommu, PolicyRule::new(config.policy, &rmp));
+        let rule = PolicyRule::with_reading(config.policy, config.reading, &rmp);
         let space = Space::new(&rmp, stage2, config.asid);
-        Ok(Self { iommu, ioas, space, policy: config.policy, covered: Mutex::default() })
+        if rule.keeps_leaves() {
+            space.keep_leaves();
+        }
+        let ioas = Ioas::new(&iommu, rule);
+        Ok(Self { iommu, ioas, space, policy: config.policy, covered: Mutex::default(), interfaces: Mutex::default() })
     }
 
     /// A memslot: `len_bytes` of `backing`, from `offset` on, are the guest's memory at `gpa`, and devices see them there as far as the

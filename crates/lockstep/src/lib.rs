@@ -12,10 +12,12 @@ pub mod kvm;
 mod merger;
 mod requests;
 mod stage2;
+mod tio;
 
-pub use convert::{AuditReport, Change, ConvertError, Difference, Owner, Policy, RecordedStage2, Stage2, Step};
+pub use convert::{AuditReport, Borders, Change, ConvertError, Difference, Owner, Policy, Reading, RecordedStage2, Stage2, Step};
 pub use guest_dma::{Config, Error, GuestDma};
-pub use iommu::{Device, Dma, EngineDevice, Fault, Tdisp, Trust};
+pub use iommu::{AtsDma, AtsStats, Device, Dma, EngineDevice, Fault, Nonce, Sdte, SdteStatus, Tdisp, Trust};
 pub use merger::{Merger, MergerStats, Pace};
 pub use requests::NO_UPDATE;
 pub use stage2::KvmStage2;
+pub use tio::{SDTE_WRITE_BYTES, SDTE_WRITTEN_BYTES};

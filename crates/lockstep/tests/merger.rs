@@ -78,8 +78,8 @@ fn it_keeps_out_of_the_way() {
     let (dma, mut context) = guest();
     let merger = Merger::start(&dma, Pace { pages: 1 << 20, rest: Duration::ZERO }).unwrap();
     for round in 0..400 {
-        there_and_back(&dma, round * 37 % 8192 | 1);
-        context.write(common::iova(round * 74 % 8192 & !1 << 12), b"neighbour").unwrap();
+        there_and_back(&dma, (round * 37 % 8192) | 1);
+        context.write(common::iova((round * 74 % 8192) & !0x1fff), b"neighbour").unwrap();
         if round % 40 == 0 {
             merger.pause();
             merger.resume();

@@ -26,7 +26,7 @@ pub enum Access {
 }
 
 impl Access {
-    const fn needs(self) -> Perms {
+    pub(crate) const fn needs(self) -> Perms {
         match self {
             Self::Read | Self::TableWalk => Perms::READ,
             Self::Write => Perms::WRITE,
@@ -73,11 +73,11 @@ pub enum Cpu {
 
 /// What a private access claims about every page it reaches.
 #[derive(Clone, Copy)]
-struct Claim {
-    asid: u32,
-    vmpl: Vmpl,
-    needs: Perms,
-    asker: Asker,
+pub(crate) struct Claim {
+    pub(crate) asid: u32,
+    pub(crate) vmpl: Vmpl,
+    pub(crate) needs: Perms,
+    pub(crate) asker: Asker,
 }
 
 impl<W: Deref<Target = [AtomicU64]>> Rmp<W> {
@@ -85,7 +85,7 @@ impl<W: Deref<Target = [AtomicU64]>> Rmp<W> {
     /// its first byte stands (the GPA, for a private leaf).
     ///
     /// Shared rule: every page of the span is unassigned. Private rule: assigned, to that ASID, at that GPA, mutable, of the leaf's size
-    /// (4 KiB or 2 MiB), validated, permitted to the VMPL. A mismatch of nothing but the size passes while the smash sequence of the
+    /// (4 KiB or 2 MiB; not compared when pages are judged one by one), validated, permitted to the VMPL. A mismatch of nothing but the size passes while the smash sequence of the
     /// segment is odd.
     ///
     /// # Errors
@@ -139,7 +139,7 @@ impl<W: Deref<Target = [AtomicU64]>> Rmp<W> {
     }
 
     #[inline]
-    fn shared(&self, leaf: Span<Oa>, asker: Asker) -> Result<(), Refusal> {
+    pub(crate) fn shared(&self, leaf: Span<Oa>, asker: Asker) -> Result<(), Refusal> {
         match self.first_assigned(leaf) {
             None => Ok(()),
             Some(at) => Err(self.refuse(Reason::Assigned, at, asker)),
@@ -180,7 +180,7 @@ impl<W: Deref<Target = [AtomicU64]>> Rmp<W> {
         let Some(segment) = segment else {
             return Err(self.refuse(Reason::NotCovered, at, claim.asker));
         };
-        let (reason, entry) = match judge(&segment, segment.page(at), addr, size_of(leaf), true, claim) {
+        let (reason, entry) = match judge(&segment, segment.page(at), addr, size_of(leaf), !self.checks_pages(), claim) {
             Ok(()) => return Ok(()),
             Err(refused) => refused,
         };
@@ -227,7 +227,7 @@ fn permits(perms: Perms, needs: Perms) -> bool {
 
 /// The private rule for one page, or for the 2 MiB entry that begins there, in the documented order; with `size_matters` off the entry's size is
 /// not looked at.
-fn judge(
+pub(crate) fn judge(
     segment: &Segment<'_>,
     page: usize,
     addr: Gpa,

@@ -51,6 +51,7 @@ mod rmp;
 mod segment;
 mod shared;
 mod state;
+mod translated;
 
 pub use audit::SummaryError;
 pub use check::{Access, Cpu, Requester};

@@ -17,6 +17,7 @@ use spin::Mutex;
 pub struct Rmp<W> {
     pub(crate) directory: Directory<W>,
     pub(crate) strict: AtomicBool,
+    by_page: AtomicBool,
     /// How many pages are in `in_use`, so that most instructions need not look.
     in_use_pages: AtomicUsize,
     in_use: Mutex<Vec<Oa>>,
@@ -42,6 +43,7 @@ impl<W: Deref<Target = [AtomicU64]>> Rmp<W> {
         Self {
             directory: Directory::new(),
             strict: AtomicBool::new(false),
+            by_page: AtomicBool::new(false),
             in_use_pages: AtomicUsize::new(0),
             in_use: Mutex::new(Vec::new()),
             leaked_pages: AtomicU64::new(0),
@@ -86,9 +88,25 @@ impl<W: Deref<Target = [AtomicU64]>> Rmp<W> {
         spans
     }
 
-    /// Reject, in device checks, every leaf above 2 MiB. What real hardware does with them is in dispute; off by default.
+    /// Reject, in device checks, every leaf above 2 MiB. What real hardware does with them is in dispute (linux-arch, February 2025, on mapping from a
+    /// guest_memfd: a leaf of 1 GiB over entries of 2 MiB does not work; or it does, since for the CPU it counts as 2 MiB); off by default.
     pub fn set_strict(&self, strict: bool) {
         self.strict.store(strict, Ordering::Relaxed);
+    }
+
+    /// Judge device accesses page by page, whatever leaf they came through: an access counts for the 4 KiB pages that it touches, and the sizes of leaf and entry
+    /// are not compared. The second reading of the same thread: when a page changes its owner only the RMP must change, not the IO page
+    /// table. By default the whole leaf is judged, so that leaves must end wherever the owner changes.
+    ///
+    /// Whoever translates has to ask about one page at a time then ([`Rmp::checks_pages`]). To be set before the first access.
+    pub fn set_by_page(&self, by_page: bool) {
+        self.by_page.store(by_page, Ordering::Relaxed);
+    }
+
+    /// Whether accesses are judged page by page.
+    #[inline]
+    pub fn checks_pages(&self) -> bool {
+        self.by_page.load(Ordering::Relaxed)
     }
 
     /// The segment's smash sequence: odd while a split of an entry and of its IO leaf is under way in it. An address that no

@@ -10,22 +10,31 @@ pub(crate) struct Break {
     /// Hits to let pass first, so that the damage is done in the middle of the run.
     after: u64,
     times: u64,
+    /// Devices with caches of their own that it needs.
+    ats: u32,
 }
 
 const ALWAYS: u64 = u64::MAX;
 
 /// Every fault.
-pub(crate) const BREAKS: [Break; 9] = [
-    Break { name: "skip-invalidation", point: "iommu.skip_invalidate", after: 20, times: ALWAYS },
-    Break { name: "late-fill", point: "iommu.late_fill", after: 20, times: ALWAYS },
-    Break { name: "skip-grace", point: "iommu.skip_grace", after: 20, times: ALWAYS },
-    Break { name: "map-before-switch", point: "convert.map_before_switch", after: 20, times: ALWAYS },
-    Break { name: "leave-shared-leaf", point: "convert.leave_leaf", after: 20, times: ALWAYS },
-    Break { name: "forget-psmash", point: "secure.forget_psmash", after: 0, times: ALWAYS },
-    Break { name: "ignore-punch", point: "backing.ignore_punch", after: 4, times: ALWAYS },
-    Break { name: "corrupt-leaf", point: "pt.corrupt_leaf", after: 100, times: 1 },
-    Break { name: "flip-rmp-bit", point: "secure.flip_bit", after: 100, times: 1 },
+pub(crate) const BREAKS: [Break; 11] = [
+    Break { name: "skip-invalidation", point: "iommu.skip_invalidate", after: 20, times: ALWAYS, ats: 0 },
+    Break { name: "late-fill", point: "iommu.late_fill", after: 20, times: ALWAYS, ats: 0 },
+    Break { name: "skip-grace", point: "iommu.skip_grace", after: 20, times: ALWAYS, ats: 0 },
+    Break { name: "map-before-switch", point: "convert.map_before_switch", after: 20, times: ALWAYS, ats: 0 },
+    Break { name: "leave-shared-leaf", point: "convert.leave_leaf", after: 20, times: ALWAYS, ats: 0 },
+    Break { name: "forget-psmash", point: "secure.forget_psmash", after: 0, times: ALWAYS, ats: 0 },
+    Break { name: "ignore-punch", point: "backing.ignore_punch", after: 4, times: ALWAYS, ats: 0 },
+    Break { name: "corrupt-leaf", point: "pt.corrupt_leaf", after: 100, times: 1, ats: 0 },
+    Break { name: "flip-rmp-bit", point: "secure.flip_bit", after: 100, times: 1, ats: 0 },
+    Break { name: "ats-false-answer", point: "iommu.ats_false_answer", after: 20, times: ALWAYS, ats: 2 },
+    Break { name: "ats-never-answers", point: "iommu.ats_never_answers", after: 20, times: ALWAYS, ats: 2 },
 ];
+
+/// How many devices with caches of their own a run needs for the fault of that name.
+pub(crate) fn needs_ats(name: &str) -> u32 {
+    BREAKS.iter().find(|fault| fault.name == name).map_or(0, |fault| fault.ats)
+}
 
 /// Plants the fault of that name until the guard is dropped.
 pub(crate) fn plant(name: &str) -> Option<PlantGuard> {

@@ -18,6 +18,8 @@ pub(crate) enum Detector {
     Guest,
     /// A conversion could not be finished.
     Conversion,
+    /// A device did not answer, and lost its access.
+    Quarantine,
     /// A vCPU read something else than the bytes at the output address.
     Probe,
 }

@@ -9,8 +9,9 @@ use addr::{Gpa, PAGE_BYTES, Span};
 use backing::{Backing, PageState};
 use convert::{Auditor, Evidence, Says, Step};
 use guest::{Layout, Report, Setup};
-use lockstep::{Config, Device, EngineDevice, GuestDma, Policy, RecordedStage2, Stage2, Tdisp, Trust};
+use lockstep::{Config, Device, EngineDevice, GuestDma, Policy, RecordedStage2, SDTE_WRITE_BYTES, Sdte, SdteStatus, Stage2, Trust};
 use std::sync::Arc;
+use std::time::Duration;
 use zerocopy::{FromZeros, IntoBytes};
 
 pub(crate) type Failure = Box<dyn std::error::Error + Send + Sync>;
@@ -37,6 +38,8 @@ pub(crate) struct Machine {
     pub(crate) backing: Arc<Backing>,
     pub(crate) trusted: Arc<Device>,
     pub(crate) untrusted: Arc<Device>,
+    /// With translation caches of their own: untrusted, trusted, untrusted, and so on.
+    pub(crate) ats: Vec<Arc<Device>>,
     pub(crate) plan: Plan,
     kvm: Option<KvmGuest>,
     setup: Setup,
@@ -90,12 +93,21 @@ impl Machine {
         backing.populate(backing.pages(), PageState::Shared)?;
         let stage2: Arc<dyn Stage2> = kvm.as_ref().map_or_else(|| Arc::new(RecordedStage2::new()) as _, KvmGuest::stage2);
         let domain = iommu::DomainConfig { format: options.format, ..iommu::DomainConfig::default() };
-        let iommu = iommu::Config { domain, ..iommu::Config::default() };
-        let dma = Arc::new(GuestDma::new(&Config { policy: options.policy, asid: ASID, iommu, ..Config::default() }, stage2)?);
+        let iommu = iommu::Config { domain, ats_timeout: Duration::from_millis(options.ats_timeout), ..iommu::Config::default() };
+        let dma = Arc::new(GuestDma::new(&Config { policy: options.policy, asid: ASID, reading: options.reading(), iommu }, stage2)?);
         dma.add_memory(Gpa::new(0), options.memory, &backing, 0)?;
-        let run = Trust::Trusted { asid: ASID, vmpl: secure::Vmpl::V0, tdisp: Tdisp::Run, sdte_valid: true, vtom: None };
-        let trusted = dma.add_device("trusted", run)?;
+        let trusted = dma.add_device("trusted", Trust::Untrusted)?;
+        accept(&dma, &trusted, 0)?;
         let untrusted = dma.add_device("untrusted", Trust::Untrusted)?;
+        let ats = (0..options.ats).map(|index| {
+            let kind = if index % 2 == 0 { "untrusted" } else { "trusted" };
+            let device = dma.add_device(&format!("ats {index} {kind}"), Trust::Untrusted)?;
+            if index % 2 == 1 {
+                accept(&dma, &device, 1 + index as u16)?;
+            }
+            Ok(device)
+        });
+        let ats = ats.collect::<Result<_, Failure>>()?;
         watch_transitions(&dma, checks);
         let mut features = kvm.as_ref().map_or(guest::Features::HYPERCALL, KvmGuest::features);
         if options.policy == Policy::SharedOnly {
@@ -103,7 +115,7 @@ impl Machine {
         }
         let setup = Setup { layout, seed: options.seed, features, initial: guest::PageState::Shared, max_rounds: u64::MAX };
         setup.load(|gpa, bytes| dma.write(gpa, bytes))?;
-        Ok(Self { dma, backing, trusted, untrusted, plan, kvm, setup, notes })
+        Ok(Self { dma, backing, trusted, untrusted, ats, plan, kvm, setup, notes })
     }
 
     /// What the run stands on, for people.
@@ -187,6 +199,11 @@ impl Machine {
         Ok(())
     }
 
+    /// Every device.
+    pub(crate) fn devices(&self) -> impl Iterator<Item = &Arc<Device>> {
+        [&self.trusted, &self.untrusted].into_iter().chain(&self.ats)
+    }
+
     /// Exits of the guest's vCPU; none in a thread.
     pub(crate) fn vcpu_exits(&self) -> u64 {
         self.kvm.as_ref().map_or(0, KvmGuest::exits)
@@ -204,6 +221,18 @@ impl Guest {
         checks.stop();
         done
     }
+}
+
+/// A guest accepts a device: bound and locked, started, and then its own word to firmware.
+fn accept(dma: &GuestDma, device: &Arc<Device>, id: u16) -> Result<(), Failure> {
+    let nonce = dma.bind_device(device, id)?;
+    dma.start_device(id, nonce)?;
+    let mut message = [0; SDTE_WRITE_BYTES];
+    message[..2].copy_from_slice(&id.to_le_bytes());
+    message[16..].copy_from_slice(&Sdte::new(pt::Perm::RW, secure::Vmpl::V0, None).to_bytes());
+    let answer = dma.sdte_write(&message)?;
+    let accepted = answer[2..4] == (SdteStatus::Success as u16).to_le_bytes();
+    if accepted { Ok(()) } else { Err(format!("firmware does not let the guest accept '{}': {answer:x?}", device.name()).into()) }
 }
 
 /// Asks the guest to stop: it looks after each round.

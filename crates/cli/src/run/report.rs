@@ -4,7 +4,7 @@ use crate::args::RunArgs;
 use crate::run::checks::{Checks, Detector, Finding, read};
 use crate::run::machine::Machine;
 use iommu::FaultKind;
-use lockstep::Device;
+use lockstep::{AtsStats, Device};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -16,6 +16,8 @@ pub(crate) struct Summary {
     backing: &'static str,
     memory: u64,
     policy: String,
+    borders: String,
+    strict: bool,
     format: &'static str,
     frames: String,
     seed: u64,
@@ -35,6 +37,8 @@ pub(crate) struct Summary {
     pub(crate) punches: u64,
     /// By device, then by kind.
     faults: BTreeMap<String, BTreeMap<String, u64>>,
+    /// Devices with translation caches of their own.
+    ats: BTreeMap<String, Cache>,
     pub(crate) untrusted_faults: u64,
     guest_rounds: u64,
     pub(crate) guest_requests: u64,
@@ -50,6 +54,22 @@ pub(crate) struct Summary {
     rmp_bytes: u64,
     findings: Vec<Found>,
     missing: Vec<&'static str>,
+}
+
+/// What a device's cache had to forget.
+#[derive(Debug, Serialize)]
+struct Cache {
+    sent: u64,
+    answers: u64,
+    timeouts: u64,
+    quarantined: bool,
+}
+
+impl Cache {
+    fn of(device: &Device) -> Self {
+        let AtsStats { sent, answers, timeouts, .. } = device.ats();
+        Self { sent, answers, timeouts, quarantined: device.is_quarantined() }
+    }
 }
 
 /// A finding.
@@ -80,6 +100,8 @@ impl Summary {
             backing: machine.backing_name(),
             memory: options.memory,
             policy: options.policy.to_string(),
+            borders: options.borders.to_string(),
+            strict: options.strict,
             format: options.format.name(),
             frames: format!("{:?}", machine.backing.frames()),
             seed: options.seed,
@@ -97,7 +119,8 @@ impl Summary {
             cuts,
             merges,
             punches: read(&checks.punches),
-            faults: [&machine.trusted, &machine.untrusted].into_iter().map(|device| (device.name().to_owned(), by_kind(device))).collect(),
+            faults: machine.devices().map(|device| (device.name().to_owned(), by_kind(device))).collect(),
+            ats: machine.ats.iter().map(|device| (device.name().to_owned(), Cache::of(device))).collect(),
             untrusted_faults: machine.untrusted.faults().total(),
             guest_rounds: guest.rounds,
             guest_requests: guest.psc_calls + guest.hypercalls,
@@ -129,6 +152,7 @@ impl Summary {
             (self.bytes_verified, "the guest verified nothing"),
         ]
         .into_iter()
+        .chain(self.ats.values().map(|cache| (cache.answers, "a device with a cache of its own answered no invalidation")))
         // Scattered frames have no leaf that could be cut.
         .filter(|(count, what)| *count == 0 && !(self.frames != "Contiguous" && *what == "no leaf was cut"))
         .map(|(_, what)| what)
@@ -148,7 +172,11 @@ impl Summary {
             }
             return;
         }
-        println!("ran {:.1} s, seed {}, policy {}, page tables {}", self.seconds, self.seed, self.policy, self.format);
+        let strict = if self.strict { ", no shared leaf above 2 MiB" } else { "" };
+        println!(
+            "ran {:.1} s, seed {}, policy {}, borders in the {}{strict}, page tables {}",
+            self.seconds, self.seed, self.policy, self.borders, self.format
+        );
         println!(
             "  conversions     {} pages in {} batches ({} to private, {} to shared), {} entries smashed",
             self.conversions, self.batches, self.to_private, self.to_shared, self.smashes
@@ -169,6 +197,10 @@ impl Summary {
         for (device, faults) in &self.faults {
             let kinds: Vec<String> = faults.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
             println!("  faults          {device}: {}", if kinds.is_empty() { "none".to_owned() } else { kinds.join(", ") });
+        }
+        for (device, Cache { sent, answers, timeouts, quarantined }) in &self.ats {
+            let end = if *quarantined { "; QUARANTINED" } else { "" };
+            println!("  ATS cache       {device}: {sent} invalidations sent, {answers} answers, {timeouts} time-outs{end}");
         }
         println!("  memory given back {} times under DMA", self.punches);
         println!("  audits          {}, {} pages compared, {} transitions watched", self.audits, self.audited_pages, self.transitions);

@@ -33,8 +33,17 @@ impl Guest {
     }
 
     pub fn with(gpa: Gpa, backing: Arc<Backing>, policy: Policy, stage2: Arc<dyn Stage2>) -> Self {
-        let iommu = iommu::Config { table_bytes: 64 * MIB, ..iommu::Config::default() };
-        let dma = GuestDma::new(&Config { policy, asid: ASID, iommu, ..Config::default() }, Arc::clone(&stage2)).unwrap();
+        Self::make(gpa, backing, Config { policy, ..Config::default() }, stage2)
+    }
+
+    /// With `config`, but for the ASID and the memory of page tables.
+    pub fn configured(gpa: Gpa, bytes: u64, frames: Frames, config: Config) -> Self {
+        Self::make(gpa, Backing::memfd(bytes, frames).unwrap(), config, Arc::new(RecordedStage2::new()))
+    }
+
+    fn make(gpa: Gpa, backing: Arc<Backing>, config: Config, stage2: Arc<dyn Stage2>) -> Self {
+        let iommu = iommu::Config { table_bytes: 64 * MIB, ..config.iommu };
+        let dma = GuestDma::new(&Config { asid: ASID, iommu, ..config }, Arc::clone(&stage2)).unwrap();
         dma.add_memory(gpa, backing.len_bytes(), &backing, 0).unwrap();
         let run = Trust::Trusted { asid: ASID, vmpl: secure::Vmpl::V0, tdisp: Tdisp::Run, sdte_valid: true, vtom: None };
         let trusted = dma.add_device("trusted", run).unwrap();
