@@ -6,7 +6,7 @@ mod common;
 use addr::{Address, Gpa, Iova, Oa, PAGE_LG2, Page, Span};
 use backing::Frames;
 use common::{Guest, MIB, span};
-use lockstep_iommu::{AuditReport, Owner, Policy, Stage2};
+use lockstep_iommu::{AuditReport, Owner, Policy};
 use secure::RmpSize;
 use std::collections::BTreeMap;
 
