@@ -20,6 +20,7 @@ const UNTOUCHED: u8 = 0xa5;
 const LOST: u8 = 0xee;
 
 pub(crate) struct Device<W> {
+    name: String,
     pub(crate) qtest: Qtest,
     pub(crate) walker: W,
     edu: Edu,
@@ -27,7 +28,7 @@ pub(crate) struct Device<W> {
 
 impl<W: Walker> Device<W> {
     /// Starts a machine in which the walker has the tree below `root`.
-    pub(crate) fn start(mut walker: W, root: Oa, level: u8) -> Self {
+    pub(crate) fn start(name: &str, mut walker: W, root: Oa, level: u8) -> Self {
         let mut args = walker.args();
         let firmware = W::BOARD.firmware().unwrap();
         args.extend(["-m", crate::board::RAM, "-bios"].map(str::to_owned));
@@ -36,7 +37,7 @@ impl<W: Walker> Device<W> {
         let mut qtest = Qtest::start(W::BOARD.program, &args);
         let edu = Edu::enable(&mut qtest, W::BOARD, W::DEVFN);
         walker.start(&mut qtest, root, level);
-        Self { qtest, walker, edu }
+        Self { name: name.to_owned(), qtest, walker, edu }
     }
 
     /// What the device reads at each of up to [`TOGETHER`] places, and what the model has to say to it.
@@ -53,7 +54,10 @@ impl<W: Walker> Device<W> {
         }
         self.edu.write(&mut self.qtest, MAILBOX.plus(BACK).get(), 0, all);
         let bytes = self.qtest.read(back.get(), all);
-        assert!(bytes != vec![LOST; all], "nothing came through the mailbox at {MAILBOX}; reads of {places:?}");
+        if bytes == vec![LOST; all] {
+            let faults = self.walker.faults(&mut self.qtest);
+            panic!("{}: nothing comes through the mailbox at {MAILBOX}; the model records {faults:x?}", self.name);
+        }
         bytes.as_chunks().0.iter().copied().zip(faults).collect()
     }
 
@@ -73,6 +77,18 @@ impl<W: Walker> Device<W> {
     /// Invalidates.
     pub(crate) fn forget(&mut self, span: Span<Iova>) {
         self.walker.invalidate(&mut self.qtest, span);
+    }
+}
+
+/// Bytes, for reports.
+pub(crate) fn said(bytes: &[u8]) -> String {
+    match bytes.first() {
+        Some(first) if bytes.iter().all(|byte| byte == first) => format!("{} bytes of {first:#04x}", bytes.len()),
+        _ if bytes.len().is_multiple_of(8) => {
+            let words = bytes.as_chunks().0.iter().map(|word| format!("{:#x}", u64::from_le_bytes(*word)));
+            format!("the words {}", words.collect::<Vec<_>>().join(" "))
+        }
+        _ => format!("the bytes {bytes:02x?}"),
     }
 }
 

@@ -1,4 +1,27 @@
-//! A
+//! QEMU's IOMMU models walk the page tables that this crate writes: somebody else's reading of the manuals, held against ours.
+//!
+//! No guest runs. A test speaks QEMU's qtest protocol (`qtest`): it copies the words of the arena into the machine's RAM (`mirror`), programs the
+//! IOMMU (`vtd`, `amdvi`, `riscv`, `smmu`), and has the DMA engine of a PCI device (`edu`, `device`) read and write at IOVAs: first, last and
+//! middle bytes of leaves of every size, across their borders, and where nothing is mapped. Each access must do what
+//! [`Table::walk`](lockstep_pt::Table::walk) says (`probe`). Then come cuts, merges and unmaps (`drive`), after which the model forgets what
+//! the edit's [`Gather`](lockstep_pt::Gather) names, and no more. Nothing is compared with our own `decode` alone: a format that is wrong both
+//! in writing and in reading fails here.
+//!
+//! What the models do not do, and so is not shown here; tried with QEMU 10.0.2, or read in its source:
+//!
+//! - None keeps pointers to tables in a cache, so none can tell whether an edit invalidates those.
+//! - None sets a dirty bit: VT-d's first stage only where accessed is clear, which our leaves never have; the RISC-V IOMMU takes SADE for "need
+//!   not be set"; AMD-Vi ignores it. The SMMU refuses a write through a clean leaf, so its leaves are marked dirty by
+//!   [`Table::mark_dirty`](lockstep_pt::Table::mark_dirty) before they are written through.
+//! - None records an access that a cached translation does not allow; of AMD-Vi no event ever comes into the log.
+//! - VT-d: three levels and four, not five; first stage with four. SNP is a reserved bit in its second stage without `snoop-control=on`. A leaf
+//!   that has 0xfee00000 in its output is refused.
+//! - AMD-Vi lets all DMA through without `pt=off`. It drops a whole domain where a range is to be invalidated, so a range that is too small is
+//!   not noticed. An IOVA above the width of the tables wraps around. Leaves of 512 GiB work, other than in hardware. FC is not looked at.
+//! - RISC-V: no Svnapot; a leaf of 64 KiB faults. U is not looked at. A larger leaf is cached page by page, and an invalidation by address drops
+//!   one page. The second stage is no format of ours.
+//! - SMMUv3: 44 address bits, and no record of what is above. The contiguous bit is ignored, which a hint allows: the slots of such a leaf are
+//!   walked one by one. It says BBML 2.
 #![cfg(not(loom))]
 
 mod amdvi;
@@ -42,8 +65,13 @@ fn found(test: &str, program: &str, device: &str, property: Option<&str>) -> boo
     false
 }
 
+/// The configuration with the most leaf sizes.
 fn largest<F: Format>() -> Config {
     F::CONFIGS[0]
+}
+
+fn without_svnapot<F: Format>() -> Config {
+    F::CONFIGS[1]
 }
 
 #[test]
@@ -94,9 +122,9 @@ fn amdvi_grows() {
 #[test]
 fn riscv() {
     if found("riscv", board::RISCV.program, "riscv-iommu-pci", None) {
-        run::<RiscV<3>, _>(RiscVIommu::default(), "RISC-V IOMMU", largest::<RiscV<3>>());
-        run::<RiscV<4>, _>(RiscVIommu::default(), "RISC-V IOMMU", largest::<RiscV<4>>());
-        run::<RiscV<5>, _>(RiscVIommu::default(), "RISC-V IOMMU", largest::<RiscV<5>>());
+        run::<RiscV<3>, _>(RiscVIommu::default(), "RISC-V IOMMU", without_svnapot::<RiscV<3>>());
+        run::<RiscV<4>, _>(RiscVIommu::default(), "RISC-V IOMMU", without_svnapot::<RiscV<4>>());
+        run::<RiscV<5>, _>(RiscVIommu::default(), "RISC-V IOMMU", without_svnapot::<RiscV<5>>());
     }
 }
 

@@ -3,7 +3,7 @@
 //!
 //! Each word that is tested with holds its own address and a number, so that a wrong answer says where it is from.
 
-use crate::device::{LEN, TOGETHER, is_nothing};
+use crate::device::{LEN, TOGETHER, is_nothing, said};
 use crate::rig::Rig;
 use crate::walker::{Fault, Walker};
 use addr::{Address, Iova, Oa, Span};
@@ -185,12 +185,4 @@ impl Memory {
 fn own_bytes(at: u64, len: u64, number: u64) -> Vec<u8> {
     let byte = |at: u64| ((at & !7) ^ number).to_le_bytes()[(at & 7) as usize];
     (at..=at + (len - 1)).map(byte).collect()
-}
-
-/// Bytes, and the address that they hold.
-fn said(bytes: &[u8]) -> String {
-    match bytes.first_chunk::<8>() {
-        Some(word) if !is_nothing(bytes) => format!("{bytes:02x?}, of {:#x}", u64::from_le_bytes(*word) & ((1 << 48) - 1)),
-        _ => format!("{bytes:02x?}"),
-    }
 }

@@ -1,7 +1,7 @@
 //! A tree, the machine that walks it, and edits as a driver makes them: change the words, invalidate what the [`Gather`] says, give the
 //! tables back.
 
-use crate::device::{Device, LEN, MAILBOX, MAILBOX_BYTES, is_nothing};
+use crate::device::{Device, LEN, MAILBOX, MAILBOX_BYTES, is_nothing, said};
 use crate::mirror::{Mirror, Words};
 use crate::walker::Walker;
 use addr::{Iova, Oa, SizeSet, Span};
@@ -60,15 +60,15 @@ pub(crate) struct Rig<F: Format, W> {
 }
 
 impl<F: Format, W: Walker> Rig<F, W> {
-    /// A tree that begins at `level`, with leaves of those of `sizes` that format and model have, and the mailbox mapped.
+    /// A tree that begins at `level`, with leaves of those of `sizes` that the format has, and the mailbox mapped.
     pub(crate) fn new(walker: W, name: &str, level: u8, sizes: SizeSet) -> Self {
         let (arena, mirror) = Mirror::new(W::BOARD.tables(), TABLES);
         let table = Table::with_start(Arc::clone(&arena), level).unwrap();
         let root = table.root();
-        let device = Device::start(walker, root.0, root.1);
-        let stock = Stock::new(&arena);
         let name = format!("{}, {name}", F::NAME);
-        let sizes = sizes.and(F::SIZES).and(W::SIZES);
+        let device = Device::start(&name, walker, root.0, root.1);
+        let stock = Stock::new(&arena);
+        let sizes = sizes.and(F::SIZES);
         let (random, tally) = (fastrand::Rng::with_seed(u64::from(level)), Tally::default());
         let mut rig = Self { name, device, table, sizes, random, tally, arena, mirror, stock, root };
         let mailbox = Span::from_len(MAILBOX, MAILBOX_BYTES).unwrap();
@@ -172,7 +172,7 @@ fn see_it_broken<W: Walker>(name: &str, device: &mut Device<W>, mirror: &mut Mir
     device.forget(broken);
     let places = [broken.start(), Iova::new(broken.last().get() - (LEN as u64 - 1))];
     for (at, (bytes, faults)) in places.iter().zip(device.read(&places)) {
-        assert!(is_nothing(&bytes), "{name}: {broken} is broken, and at {at} the device reads {bytes:x?}");
+        assert!(is_nothing(&bytes), "{name}: {broken} is broken, and at {at} the device reads {}", said(&bytes));
         assert!(faults.iter().all(|fault| broken.contains(fault.iova)), "{name}: {broken} is broken, and the model records {faults:x?}");
     }
 }

@@ -4,7 +4,7 @@
 use crate::board::{Board, RISCV};
 use crate::qtest::Qtest;
 use crate::walker::{Fault, Invalidates, Walker, blocks};
-use addr::{Iova, Oa, PAGE_LG2, SizeSet, Span};
+use addr::{Iova, Oa, PAGE_LG2, Span};
 
 /// The IOMMU is a PCI device itself.
 const IOMMU_DEVFN: u8 = 0x08;
@@ -55,8 +55,6 @@ impl RiscVIommu {
 
 impl Walker for RiscVIommu {
     const BOARD: &'static Board = &RISCV;
-    /// All but Svnapot's.
-    const SIZES: SizeSet = SizeSet(!(1 << 16));
     const INVALIDATES: Invalidates = Invalidates::TheSpan;
 
     fn args(&self) -> Vec<String> {

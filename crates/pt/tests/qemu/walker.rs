@@ -3,7 +3,7 @@
 
 use crate::board::Board;
 use crate::qtest::Qtest;
-use addr::{Iova, Oa, SizeSet, Span};
+use addr::{Iova, Oa, Span};
 use lockstep_pt::{Leaf, Perm};
 
 /// An access that the model says it refused.
@@ -30,8 +30,6 @@ pub(crate) trait Walker {
     const BOARD: &'static Board;
     /// Bus 0, device and function of the edu device.
     const DEVFN: u8 = 0x10;
-    /// Leaf sizes that it knows.
-    const SIZES: SizeSet = SizeSet::ALL;
     /// IOVAs that the machine keeps for something else.
     const ASIDE: Option<(u64, u64)> = None;
     /// Whether it refuses what is above the width of the tables.
