@@ -4,6 +4,7 @@ mod args;
 mod bench;
 mod iommufd;
 mod run;
+mod scale;
 
 use args::{Args, Command};
 use clap::Parser;

@@ -74,6 +74,16 @@ impl Tree {
         gather.finish(&self.arena, |_| {});
     }
 
+    /// The leaf that answers for `at`: where it begins, and how long it is.
+    pub(crate) fn leaf(&self, at: u64) -> (u64, u64) {
+        self.table.leaf_at(Iova::new(at)).map_or((at, 4096), |leaf| (leaf.span().start().get(), leaf.span().len()))
+    }
+
+    /// What the tables take, with their links in the arena.
+    pub(crate) fn table_bytes(&self) -> u64 {
+        u64::from(self.arena.tables_in_use() - self.stock.tables()) * (8 * WORDS_PER_TABLE as u64)
+    }
+
     /// Takes tables out of the arena, so that an edit finds them.
     pub(crate) fn stock(&mut self, tables: u32) {
         let done = self.stock.reserve(tables);
