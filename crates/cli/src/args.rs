@@ -112,6 +112,9 @@ pub(crate) struct BenchArgs {
     /// scale: the most areas, and private pages; 1000000 if not given
     #[arg(long, value_name = "N")]
     pub(crate) areas: Option<u64>,
+    /// scale: the study that --only names at this size, without judging it
+    #[arg(long, hide = true)]
+    pub(crate) one_size: Option<u64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -126,8 +129,8 @@ pub(crate) enum BenchGroup {
     Convert,
     /// Calls of /dev/iommu, in process and by a program
     Iommufd,
-    /// All of these against size: up to 1 TiB mapped and a million areas. Status 1 when, of two sizes n < N, one costs more at N than 1.5 times
-    /// log N / log n of what it costs at n, and 4 log N times what a random access costs more there
+    /// All of these against size: up to 1 TiB mapped and a million areas. Status 1 when one grows faster than a logarithm: when it costs more at a size N
+    /// than each smaller size n allows, which is 1.5 log N / log n of the cost there, and 4 log N times what a random access to memory costs more
     Scale,
 }
 

@@ -30,7 +30,7 @@ pub(crate) fn main(options: &BenchArgs) -> ExitCode {
 }
 
 fn run(options: &BenchArgs, group: Group) -> Result<(), workload::Error> {
-    if options.memory.or(options.areas).is_some() {
+    if options.memory.or(options.areas).or(options.one_size).is_some() {
         return Err("--memory and --areas are options of `lockstep bench scale`".into());
     }
     if options.group == BenchGroup::Iommufd && options.format != FormatKind::AmdV1 {

@@ -3,7 +3,7 @@
 use crate::args::BenchArgs;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 use workload::scale::{Access, Limits, Point, Study, Verdict, studies, verdicts};
 
@@ -16,38 +16,12 @@ const ACCESS_BYTES: u64 = 256 << 20;
 #[derive(Serialize)]
 struct Report {
     format: &'static str,
-    points: Vec<PointOut>,
-    verdicts: Vec<VerdictOut>,
+    points: Vec<Point>,
+    verdicts: Vec<Verdict>,
     /// Sizes that were left out, and why.
     skipped: Vec<Skipped>,
-    /// What one random access costs here, by how much memory is accessed.
-    access: Vec<AccessOut>,
-}
-
-#[derive(Serialize)]
-struct PointOut {
-    name: String,
-    axis: &'static str,
-    size: u64,
-    unit: &'static str,
-    best: f64,
-    median: f64,
-    samples: usize,
-    resident_bytes: u64,
-}
-
-#[derive(Serialize)]
-struct VerdictOut {
-    name: String,
-    axis: &'static str,
-    unit: &'static str,
-    sizes: [u64; 2],
-    costs: [f64; 2],
-    growth: f64,
-    log_growth: f64,
-    /// The largest share of what the rule allows; more than 1 breaks it.
-    used: f64,
-    is_within: bool,
+    /// Bytes, and what one random access into as much costs here, in nanoseconds.
+    access: Vec<(u64, f64)>,
 }
 
 #[derive(Serialize)]
@@ -55,12 +29,6 @@ struct Skipped {
     study: &'static str,
     size: u64,
     why: String,
-}
-
-#[derive(Serialize)]
-struct AccessOut {
-    bytes: u64,
-    ns: f64,
 }
 
 /// The command. Exit status 1 when something grows faster than a logarithm, 2 when it could not be measured.
@@ -76,6 +44,9 @@ pub(crate) fn main(options: &BenchArgs) -> ExitCode {
 }
 
 fn run(options: &BenchArgs) -> Result<bool, workload::Error> {
+    if let Some(size) = options.one_size {
+        return one(options, size);
+    }
     let default = Limits::default();
     let limits = Limits { mapped: options.memory.unwrap_or(default.mapped), count: options.areas.unwrap_or(default.count) };
     let all = studies();
@@ -104,7 +75,7 @@ fn run(options: &BenchArgs) -> Result<bool, workload::Error> {
             bar.suspend(|| eprintln!("lockstep: {} at {at} is left out: {why}", study.name));
             skipped.push(Skipped { study: study.name, size, why });
         } else {
-            let more = study.run(options.format, size, PATIENCE).map_err(|error| format!("{} at {at}: {error}", study.name))?;
+            let more = apart(options, &study, size).map_err(|error| format!("{} at {at}: {error}", study.name))?;
             if !options.json {
                 bar.suspend(|| more.iter().for_each(print_point));
             }
@@ -116,18 +87,30 @@ fn run(options: &BenchArgs) -> Result<bool, workload::Error> {
     let verdicts = verdicts(&points, &access);
     let broken = verdicts.iter().filter(|verdict| !verdict.is_within).count();
     if options.json {
-        let report = Report {
-            format: options.format.name(),
-            points: points.into_iter().map(PointOut::from).collect(),
-            verdicts: verdicts.into_iter().map(VerdictOut::from).collect(),
-            skipped,
-            access: access.points().iter().map(|&(bytes, ns)| AccessOut { bytes, ns: round(ns) }).collect(),
-        };
+        let report = Report { format: options.format.name(), points, verdicts, skipped, access: access.points().to_vec() };
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         print_verdicts(&verdicts, &access, broken);
     }
     Ok(broken == 0)
+}
+
+/// One study at one size, for the process that has started this one.
+fn one(options: &BenchArgs, size: u64) -> Result<bool, workload::Error> {
+    let study = studies().into_iter().find(|study| study.name == options.only).ok_or("no such study")?;
+    println!("{}", serde_json::to_string(&study.run(options.format, size, PATIENCE)?)?);
+    Ok(true)
+}
+
+/// The same, in a process of its own: what it takes of memory can be seen, and nothing is left over from the one before.
+fn apart(options: &BenchArgs, study: &Study, size: u64) -> Result<Vec<Point>, workload::Error> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(["bench", "scale", "--only", study.name, "--format", options.format.name(), "--one-size", &size.to_string()]);
+    let output = command.stderr(Stdio::inherit()).output()?;
+    if !output.status.success() {
+        return Err(format!("its process ended with {}", output.status).into());
+    }
+    Ok(serde_json::from_slice(&output.stdout)?)
 }
 
 fn print_point(point: &Point) {
@@ -149,26 +132,4 @@ fn print_verdicts(verdicts: &[Verdict], access: &Access, broken: usize) {
     let words =
         if broken == 0 { "none grows faster than a logarithm".to_owned() } else { format!("{broken} grow faster than a logarithm") };
     println!("{} operations: {words}", verdicts.len());
-}
-
-impl From<Point> for PointOut {
-    fn from(point: Point) -> Self {
-        let Point { name, axis, size, unit, best, median, samples, resident } = point;
-        let (best, median) = (round(best), round(median));
-        Self { name, axis: axis.name(), size, unit: unit.name(), best, median, samples, resident_bytes: resident }
-    }
-}
-
-impl From<Verdict> for VerdictOut {
-    fn from(verdict: Verdict) -> Self {
-        let Verdict { name, axis, unit, sizes, costs, growth, log_growth, used, is_within } = verdict;
-        let [growth, log_growth, used] = [growth, log_growth, used].map(round);
-        let costs = [round(costs.0), round(costs.1)];
-        Self { name, axis: axis.name(), unit: unit.name(), sizes: sizes.into(), costs, growth, log_growth, used, is_within }
-    }
-}
-
-/// Picoseconds are noise.
-fn round(value: f64) -> f64 {
-    (value * 1000.0).round() / 1000.0
 }

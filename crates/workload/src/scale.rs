@@ -18,28 +18,23 @@ pub use verdict::{NOISE, PLACES, Verdict, verdicts};
 use crate::Error;
 use ::pt::FormatKind;
 use meter::Meter;
+use serde::{Deserialize, Serialize};
 
 /// What grows.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum Axis {
     /// Bytes that an IO page table maps.
+    #[serde(rename = "mapped bytes")]
     Mapped,
     /// Areas in an IO address space.
+    #[serde(rename = "areas")]
     Areas,
     /// 4 KiB pages of a guest that are private, each apart from the others.
+    #[serde(rename = "private pages")]
     Private,
 }
 
 impl Axis {
-    /// As it is printed.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Mapped => "mapped bytes",
-            Self::Areas => "areas",
-            Self::Private => "private pages",
-        }
-    }
-
     /// How many things of its kind a size is: what the logarithm is taken of. Bytes are counted in pages.
     pub fn things(self, size: u64) -> f64 {
         (if self == Self::Mapped { size >> addr::PAGE_LG2 } else { size }) as f64
@@ -80,19 +75,31 @@ impl Default for Limits {
 }
 
 /// What a figure is.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum Unit {
     /// Time of one call.
+    #[serde(rename = "ns/call")]
     NsPerCall,
     /// Time of a call that is about many pages, for each of them.
+    #[serde(rename = "ns/page")]
     NsPerPage,
+    /// Time of a call that is about many leaves, for each of them.
+    #[serde(rename = "ns/leaf")]
+    NsPerLeaf,
+    /// Time of a call that is about much memory, for each GiB.
+    #[serde(rename = "ns/GiB")]
+    NsPerGib,
     /// Time of a call that is about many areas, for each of them.
+    #[serde(rename = "ns/area")]
     NsPerArea,
     /// Memory for each mapped GiB.
+    #[serde(rename = "bytes/GiB")]
     BytesPerGib,
     /// Memory for each area.
+    #[serde(rename = "bytes/area")]
     BytesPerArea,
     /// Memory for each private page.
+    #[serde(rename = "bytes/page")]
     BytesPerPage,
 }
 
@@ -102,6 +109,8 @@ impl Unit {
         match self {
             Self::NsPerCall => "ns/call",
             Self::NsPerPage => "ns/page",
+            Self::NsPerLeaf => "ns/leaf",
+            Self::NsPerGib => "ns/GiB",
             Self::NsPerArea => "ns/area",
             Self::BytesPerGib => "bytes/GiB",
             Self::BytesPerArea => "bytes/area",
@@ -111,12 +120,12 @@ impl Unit {
 
     /// Whether it is about time.
     pub fn is_time(self) -> bool {
-        matches!(self, Self::NsPerCall | Self::NsPerPage | Self::NsPerArea)
+        !matches!(self, Self::BytesPerGib | Self::BytesPerArea | Self::BytesPerPage)
     }
 }
 
 /// One operation at one size.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Point {
     /// Study and operation.
     pub name: String,
@@ -132,7 +141,8 @@ pub struct Point {
     pub median: f64,
     /// How many samples there were.
     pub samples: usize,
-    /// How much memory the structures took that the operation looks at, as far as the process's resident memory shows it.
+    /// Memory that the process has more than when the study began: what the operation looks at.
+    #[serde(rename = "resident_bytes")]
     pub resident: u64,
 }
 
@@ -172,7 +182,8 @@ impl Study {
             .then(|| format!("it needs {} of memory, and {} are available", Axis::Mapped.words(needs), Axis::Mapped.words(there)))
     }
 
-    /// Measures all its operations at one size, each for about `patience`.
+    /// Measures all its operations at one size, each for about `patience`. Run in a process of its own, it sees what memory it takes; otherwise what it
+    /// gets out of an earlier one's heap is missing.
     ///
     /// # Errors
     /// What the host refused.

@@ -17,7 +17,9 @@ const LEAST: u64 = 16 << 20;
 /// Entries of one page state change request (GHCB).
 const REQUEST: u64 = 253;
 /// Guest whose private pages are counted.
-const COUNTED: u64 = 64 << 30;
+const COUNTED: u64 = 16 << 30;
+/// Pages that requests are for, all over a guest. Their entries in the tables have been touched before, as firmware has touched all of the RMP.
+const POOL: u64 = 1 << 14;
 /// Places that a device uses again and again.
 const HOT: u64 = 64;
 
@@ -25,7 +27,6 @@ pub(super) fn studies() -> Vec<Study> {
     let mapped = |name, needs, run| Study { name, axis: Axis::Mapped, least: LEAST, needs, run };
     // Half of the RMP's pages hold the entries of 2 MiB.
     let private = |size: u64| size / 512 + (256 << 20);
-    // In the worst case each page has a table and a page of the RMP of its own.
     let counted = |count: u64| count * 1024 + COUNTED / 256 + small_leaf_tables(COUNTED);
     vec![
         mapped("guest_scattered", small_leaf_tables, scattered),
@@ -68,8 +69,15 @@ impl Machine {
         took
     }
 
-    fn some(&mut self, count: u64) -> Vec<u64> {
-        some(&mut self.random, count, self.pages)
+    /// Pages that requests are for, in batches; each has been to `first` and back once.
+    fn pool(&mut self, first: Owner) -> Vec<Vec<u64>> {
+        let pool = some(&mut self.random, POOL, self.pages);
+        let batches: Vec<Vec<u64>> = pool.chunks(REQUEST as usize).map(<[u64]>::to_vec).collect();
+        for pages in &batches {
+            self.convert(&changes(pages, first));
+            self.convert(&changes(pages, other(first)));
+        }
+        batches
     }
 
     /// Whole descriptors that only translate: random places, which rarely hit the IOTLB once a guest is large, and a few that always do.
@@ -90,13 +98,14 @@ impl Machine {
         meter.sample([("translate_hot", Unit::NsPerCall)], || translate(&hot));
     }
 
-    /// Requests as large as a guest can make, for pages all over it, there and back. Answers what it leaves behind: everything in small leaves.
+    /// Requests as large as a guest can make, for pages all over it, there and back.
     fn requests(&mut self, names: [(&str, Unit); 2], first: Owner, meter: &mut Meter) {
+        let pool = self.pool(first);
+        let mut next = pool.iter().cycle();
         meter.sample(names, || {
-            let pages = self.some(REQUEST);
-            let there = self.convert(&changes(&pages, first));
-            let back = self.convert(&changes(&pages, other(first)));
-            (pages.len() as u64, [there, back])
+            let pages = next.next().map_or(&[][..], |pages| pages);
+            let there = self.convert(&changes(pages, first));
+            (pages.len() as u64, [there, self.convert(&changes(pages, other(first)))])
         });
     }
 }
@@ -118,10 +127,6 @@ fn scattered(format: FormatKind, size: u64, meter: &mut Meter) -> Result<(), Err
     machine.tables(meter);
     machine.translate(meter);
     machine.requests(REQUESTS, Owner::Private, meter);
-    meter.sample([("one_to_private", Unit::NsPerCall), ("one_to_shared", Unit::NsPerCall)], || {
-        let page = machine.some(1);
-        (1, [machine.convert(&changes(&page, Owner::Private)), machine.convert(&changes(&page, Owner::Shared))])
-    });
     Ok(())
 }
 
@@ -132,7 +137,7 @@ fn contiguous(format: FormatKind, size: u64, meter: &mut Meter) -> Result<(), Er
     machine.translate(meter);
     let names = [("one_to_private", Unit::NsPerCall), ("one_to_shared", Unit::NsPerCall), ("merge_1g", Unit::NsPerCall)];
     meter.sample(names, || {
-        let page = machine.some(1);
+        let page = [machine.random.u64(..machine.pages)];
         let there = machine.convert(&changes(&page, Owner::Private));
         let back = machine.convert(&changes(&page, Owner::Shared));
         let from = Gpa::new(page[0] * K4 / G1 * G1);
@@ -161,19 +166,27 @@ fn all_private(format: FormatKind, size: u64, meter: &mut Meter) -> Result<(), E
     Ok(())
 }
 
-/// Pages that are private one by one: each is a run of its own in every record.
+/// Pages that are private one by one: each is a run of its own in every record. All page tables and the whole RMP have been touched before.
 fn private_pages(format: FormatKind, count: u64, meter: &mut Meter) -> Result<(), Error> {
     let mut machine = Machine::new(format, COUNTED, Frames::Contiguous)?;
+    // 16 bytes a page: one page of the RMP is about 1 MiB.
+    let touched: Vec<u64> = (0..machine.pages).step_by(256).collect();
+    for pages in touched.chunks(REQUEST as usize) {
+        machine.convert(&changes(pages, Owner::Private));
+        machine.convert(&changes(pages, Owner::Shared));
+    }
+    let before = meter.resident();
+    // Every other place of a grid is private; requests take places of the rest.
     let stride = machine.pages / (2 * count);
-    // Every other place of a grid is private; requests take pages of the rest.
-    let private: Vec<u64> = (0..count).map(|index| 2 * index * stride).collect();
+    let mut private: Vec<u64> = (0..count).map(|index| 2 * index * stride).collect();
+    machine.random.shuffle(&mut private);
     let mut took = Duration::ZERO;
     for pages in private.chunks(REQUEST as usize) {
         took += machine.convert(&changes(pages, Owner::Private));
     }
     meter.once("build", Unit::NsPerPage, count, took);
-    let own = meter.resident().saturating_sub(machine.table_bytes());
-    meter.fact("memory", Unit::BytesPerPage, own as f64 / count as f64);
+    let records = (meter.resident() - before).saturating_sub(8 * count);
+    meter.fact("memory", Unit::BytesPerPage, records as f64 / count as f64);
     meter.sample(REQUESTS, || {
         let pages: Vec<u64> = some(&mut machine.random, REQUEST, count).iter().map(|index| (2 * index + 1) * stride).collect();
         let there = machine.convert(&changes(&pages, Owner::Private));

@@ -58,7 +58,7 @@ impl Meter {
         self.push(name, unit, vec![value]);
     }
 
-    /// Resident memory that has come since the study began; what an earlier one gave back to the allocator only is not seen.
+    /// Memory that has come since the study began.
     pub(super) fn resident(&self) -> u64 {
         resident_bytes().saturating_sub(self.before)
     }
@@ -139,13 +139,17 @@ fn chase(bytes: u64) -> f64 {
 
 /// Memory that the host can give without taking it from others; `None` where it does not say.
 pub fn available_bytes() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim().trim_end_matches(" kB").parse::<u64>().ok().map(|kib| kib << 10)
+    kib("/proc/meminfo", "MemAvailable:")
 }
 
-/// Resident memory of this process; 0 where the host does not say.
+/// Resident memory of this process, program and files aside; 0 where the host does not say.
 fn resident_bytes() -> u64 {
-    let pages = || std::fs::read_to_string("/proc/self/statm").ok()?.split(' ').nth(1)?.parse::<u64>().ok();
-    pages().unwrap_or(0) * rustix::param::page_size() as u64
+    kib("/proc/self/status", "RssAnon:").unwrap_or(0)
+}
+
+/// The bytes of a line that counts KiB.
+fn kib(path: &str, name: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(path).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+    line.trim().trim_end_matches(" kB").parse::<u64>().ok().map(|kib| kib << 10)
 }

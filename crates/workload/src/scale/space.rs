@@ -9,6 +9,7 @@ use ioas::{Ioas, MapAll, Place};
 use iommu::{Config, Iommu, SystemRmp};
 use pt::{FormatKind, Perm};
 use std::sync::Arc;
+use std::time::Duration;
 
 const LEAST: u64 = 1 << 20;
 
@@ -32,28 +33,34 @@ pub(super) fn space(format: FormatKind) -> Result<(Arc<Iommu>, Arc<Ioas>), Error
 fn whole(format: FormatKind, size: u64, frames: Frames, meter: &mut Meter) -> Result<(), Error> {
     let memory = Backing::simulated(size, frames)?;
     let (pages, at) = (size / K4, Iova::new(0));
-    let (mut failed, mut tables) = (None, 0);
-    let names = [("map", Unit::NsPerPage), ("attach_second", Unit::NsPerPage), ("detach", Unit::NsPerPage), ("unmap", Unit::NsPerPage)];
+    let (mut failed, mut tables, mut leaves) = (None, 0, pages);
+    let (there, back) = if frames == Frames::Contiguous { (Unit::NsPerLeaf, Unit::NsPerLeaf) } else { (Unit::NsPerPage, Unit::NsPerGib) };
+    let names = [("map", there), ("attach_second", there), ("detach", back), ("unmap", back)];
     // A fresh address space each time: what small sizes do twice, large ones would do once.
     meter.sample(names, || {
         let mut sample = || -> Result<_, Error> {
             let (iommu, ioas) = space(format)?;
-            let second = iommu.domain()?;
+            let (first, second) = (ioas.domains(), iommu.domain()?);
             let before = iommu.arena().tables_in_use();
             let mut done = Vec::new();
             let map = timed(|| done.push(ioas.map_file(&memory, 0, size, Place::Fixed(at), Perm::RW).map(drop)));
             tables = u64::from(iommu.arena().tables_in_use() - before) * (iommu.arena().table_bytes() + 8);
+            if frames == Frames::Contiguous {
+                leaves = 0;
+                first.iter().for_each(|domain| domain.table().leaves(Span::whole(), |_| leaves += 1));
+            }
             let attach = timed(|| done.push(ioas.attach(&second)));
             let detach = timed(|| done.push(ioas.detach(&second)));
             let unmap = timed(|| done.push(ioas.unmap(Span::from_len(at, size).unwrap_or(Span::whole())).map(drop)));
             done.into_iter().collect::<Result<(), _>>()?;
-            Ok([map, attach, detach, unmap])
+            let per_gib = |took: Duration| if back == Unit::NsPerGib { took.mul_f64(G1 as f64 / K4 as f64) } else { took };
+            Ok([map, attach, per_gib(detach), per_gib(unmap)])
         };
         let took = sample().unwrap_or_else(|error| {
             failed.get_or_insert(error);
             Default::default()
         });
-        (pages, took)
+        (leaves, took)
     });
     meter.fact("tables", Unit::BytesPerGib, tables as f64 * G1 as f64 / size as f64);
     failed.map_or(Ok(()), Err)

@@ -1,15 +1,17 @@
 //! Whether a series grows faster than a logarithm.
 //!
 //! An operation on N things may take log2(N) steps. Two things make its time grow besides: each step may be an access to memory, and accesses
-//! cost more where more memory is in use, because less of it is in the processor's caches; and times are noisy. So of every two sizes n < N of a series
+//! cost more where more memory is in use, because less of it is in the processor's caches; and times are noisy. So a size n < N *allows* at N
 //!
-//! `cost(N) <= 1.5 * cost(n) * log2(N) / log2(n) + 4 * log2(N) * (access(N) - access(n))`
+//! `1.5 * cost(n) * log2(N) / log2(n) + 4 * log2(N) * (access(N) - access(n))`
 //!
-//! must hold, where `access` is what one random access costs on this machine into as much memory as the structures take at that size, measured in the same
-//! run, and costs are those of the best samples. Bytes have no second summand. A cost that grows with N, or with its root, breaks this as soon as the part
-//! that grows is most of the cost.
+//! where `access` is what one random access costs on this machine into as much memory as the structures take at that size, measured in the same run, and
+//! costs are those of the best samples. Bytes have no second summand. Every size must cost no more than one of the smaller sizes allows, and the largest no
+//! more than the smallest allows. "One of", because large leaves make costs go up and down with the number of slots that a leaf takes. A cost that grows with
+//! N, or with its root, breaks this as soon as the part that grows is most of the cost.
 
 use super::{Access, Axis, Point, Unit};
+use serde::Serialize;
 
 /// What noise may add.
 pub const NOISE: f64 = 1.5;
@@ -17,7 +19,7 @@ pub const NOISE: f64 = 1.5;
 pub const PLACES: f64 = 4.0;
 
 /// About one series.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Verdict {
     /// Study and operation.
     pub name: String,
@@ -33,9 +35,9 @@ pub struct Verdict {
     pub growth: f64,
     /// The same of the sizes' logarithms.
     pub log_growth: f64,
-    /// The largest share of what the rule allows that a pair of sizes uses; more than 1 breaks it.
+    /// The largest share that a size takes of what it is allowed; more than 1 breaks the rule.
     pub used: f64,
-    /// Whether it holds for all pairs.
+    /// Whether all keep to it.
     pub is_within: bool,
 }
 
@@ -53,15 +55,17 @@ pub fn verdicts(points: &[Point], access: &Access) -> Vec<Verdict> {
 /// `series` is ascending in size.
 fn judge(series: &[&Point], access: &Access) -> Option<Verdict> {
     let (first, last) = (series.first()?, series.last().filter(|_| series.len() > 1)?);
-    let pairs = series.iter().enumerate().flat_map(|(at, small)| series[at + 1..].iter().map(move |large| (small, large)));
-    let used = pairs.map(|(small, large)| large.best / allowed(small, large, access)).fold(0.0, f64::max);
+    let most =
+        |large: &Point, smaller: &[&Point]| smaller.iter().map(|small| allowed(small, large, access)).fold(f64::MIN_POSITIVE, f64::max);
+    let shares = series.iter().enumerate().skip(1).map(|(at, large)| large.best / most(large, &series[..at]));
+    let used = shares.fold(last.best / most(last, &series[..1]), f64::max);
     Some(Verdict {
         name: first.name.clone(),
         axis: first.axis,
         unit: first.unit,
         sizes: (first.size, last.size),
         costs: (first.best, last.best),
-        growth: last.best / first.best,
+        growth: last.best / first.best.max(f64::MIN_POSITIVE),
         log_growth: lg2(last) / lg2(first),
         used,
         is_within: used <= 1.0,
@@ -71,8 +75,7 @@ fn judge(series: &[&Point], access: &Access) -> Option<Verdict> {
 /// What the operation may cost at the larger size, by what it costs at the smaller.
 fn allowed(small: &Point, large: &Point, access: &Access) -> f64 {
     let more = if small.unit.is_time() { (access.ns(large.resident) - access.ns(small.resident)).max(0.0) } else { 0.0 };
-    // Costs of nothing stay within anything.
-    (NOISE * small.best * lg2(large) / lg2(small) + PLACES * lg2(large) * more).max(f64::MIN_POSITIVE)
+    NOISE * small.best * lg2(large) / lg2(small) + PLACES * lg2(large) * more
 }
 
 fn lg2(point: &Point) -> f64 {
