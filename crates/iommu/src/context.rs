@@ -6,7 +6,7 @@ use crate::device::Identity;
 use crate::iotlb::{Hit, Iotlb};
 use crate::log::Missed;
 use crate::{Access, Device, Domain, Fault, FaultKind};
-use addr::{Address, Gpa, Iova, Oa, Span};
+use addr::{Address, Gpa, Iova, Lg2, Oa, Span};
 use backing::{HostAddr, Owner, Windows};
 use pt::{Leaf, Perm};
 use secure::{Refusal, Requester};
@@ -80,6 +80,10 @@ impl Refused {
         self.refusal.is_some_and(|refusal| refusal.size_mismatch)
     }
 }
+
+/// Larger leaves are cached and checked in pieces of this size, as hardware does it: for a piece the check reads one summary of the secure world's table, for the
+/// whole leaf it would read one for each such piece in it.
+const LARGEST: Lg2 = Lg2::G1;
 
 /// How often a check is made again because a split came in between.
 const RECHECKS: u32 = 64;
@@ -204,10 +208,16 @@ impl Context {
         Ok(self.fill(leaf))
     }
 
+    /// The leaf that answers for `iova`, or of a leaf above [`LARGEST`] that much around it.
     fn walk(&mut self, iova: Iova) -> Result<Leaf, Refused> {
         self.counters.walks += 1;
         let domain = self.identity.domain.as_ref().ok_or(Refused::by(FaultKind::NotAttached, None))?;
-        domain.table().walk(iova).ok_or(Refused::by(FaultKind::NotMapped, None))
+        let leaf = domain.table().walk(iova).ok_or(Refused::by(FaultKind::NotMapped, None))?;
+        if leaf.size <= LARGEST {
+            return Ok(leaf);
+        }
+        let start = iova.align_down(LARGEST.0);
+        Ok(Leaf { iova: start, oa: leaf.oa_of(start), size: LARGEST, ..leaf })
     }
 
     fn fill(&mut self, leaf: Leaf) -> Hit<Target> {

@@ -2,6 +2,7 @@
 
 mod conformance;
 mod coverage;
+mod plots;
 
 use clap::{Parser, Subcommand};
 use std::path::{Path, PathBuf};
@@ -25,12 +26,15 @@ enum Chore {
     },
     /// Run the kernel's own test program of /dev/iommu under `lockstep iommufd`
     Conformance(conformance::Options),
+    /// Draw docs/plots/*.svg: what operations cost against size, as `lockstep bench scale` measures it
+    Plots(plots::Options),
 }
 
 fn main() -> ExitCode {
     let done = match Args::parse().chore {
         Chore::Coverage { check } => coverage::main(check),
         Chore::Conformance(options) => conformance::main(&options),
+        Chore::Plots(options) => plots::main(&options),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

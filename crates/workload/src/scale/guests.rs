@@ -176,9 +176,9 @@ fn private_pages(format: FormatKind, count: u64, meter: &mut Meter) -> Result<()
         machine.convert(&changes(pages, Owner::Shared));
     }
     let before = meter.resident();
-    // Every other place of a grid is private; requests take places of the rest.
-    let stride = machine.pages / (2 * count);
-    let mut private: Vec<u64> = (0..count).map(|index| 2 * index * stride).collect();
+    // Each page of a grid is private; requests take pages of the rest, as far apart whatever the grid is.
+    let stride = machine.pages / count;
+    let mut private: Vec<u64> = (0..count).map(|index| index * stride).collect();
     machine.random.shuffle(&mut private);
     let mut took = Duration::ZERO;
     for pages in private.chunks(REQUEST as usize) {
@@ -188,7 +188,8 @@ fn private_pages(format: FormatKind, count: u64, meter: &mut Meter) -> Result<()
     let records = (meter.resident() - before).saturating_sub(8 * count);
     meter.fact("memory", Unit::BytesPerPage, records as f64 / count as f64);
     meter.sample(REQUESTS, || {
-        let pages: Vec<u64> = some(&mut machine.random, REQUEST, count).iter().map(|index| (2 * index + 1) * stride).collect();
+        let mut pages = some(&mut machine.random, REQUEST, machine.pages);
+        pages.retain(|page| page % stride != 0 || page / stride >= count);
         let there = machine.convert(&changes(&pages, Owner::Private));
         let back = machine.convert(&changes(&pages, Owner::Shared));
         (pages.len() as u64, [there, back])

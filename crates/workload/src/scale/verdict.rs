@@ -54,6 +54,9 @@ pub fn verdicts(points: &[Point], access: &Access) -> Vec<Verdict> {
 
 /// `series` is ascending in size.
 fn judge(series: &[&Point], access: &Access) -> Option<Verdict> {
+    // Memory that came out of what the process had already.
+    let seen = series.iter().position(|point| point.best > 0.0)?;
+    let series = &series[seen..];
     let (first, last) = (series.first()?, series.last().filter(|_| series.len() > 1)?);
     let most =
         |large: &Point, smaller: &[&Point]| smaller.iter().map(|small| allowed(small, large, access)).fold(f64::MIN_POSITIVE, f64::max);
@@ -65,7 +68,7 @@ fn judge(series: &[&Point], access: &Access) -> Option<Verdict> {
         unit: first.unit,
         sizes: (first.size, last.size),
         costs: (first.best, last.best),
-        growth: last.best / first.best.max(f64::MIN_POSITIVE),
+        growth: last.best / first.best,
         log_growth: lg2(last) / lg2(first),
         used,
         is_within: used <= 1.0,
@@ -137,5 +140,6 @@ mod tests {
         assert!(verdicts(&[point(1 << 20, 100.0), point(1 << 40, 100.0)], &slow)[0].is_within);
         assert!(!verdicts(&[point(1 << 20, 100.0), point(1 << 40, 1000.0)], &slow)[0].is_within);
         assert_eq!(verdicts(&[point(1 << 20, 100.0)], &slow), []);
+        assert_eq!(verdicts(&[point(1 << 20, 0.0), point(1 << 40, 9.0)], &slow), []);
     }
 }
