@@ -2,7 +2,7 @@
 //!
 //! Nodes live in a vector and name each other by index, so there is no unsafe code, one allocation for all of them, and a way to make room
 //! ahead of time: after `reserve(n)` the next `n` inserts cannot fail (I-9). Freed nodes form a list through `left`.
-//! Order is by start, then by index, so that equal starts have a fixed order and every node can be found again from its key.
+//! Order is by start, then by last, then by index, so that equal spans have a fixed order and every node can be found again from its key.
 //! It is an AVL tree: at 2^32 nodes no path is longer than 46. Each node also knows, of the subtree below it, the lowest start, the
 //! highest last and the widest gap between neighbours; the last is only meaningful when spans do not overlap.
 
@@ -154,7 +154,7 @@ impl<A: Address, V> Avl<A, V> {
                 return Some(at);
             }
             path.push(at);
-            at = if (span.start(), index) < (node.start, at) { node.left } else { node.right };
+            at = if (span.start(), span.last(), index) < node.key(at) { node.left } else { node.right };
         }
         None
     }
@@ -162,14 +162,14 @@ impl<A: Address, V> Avl<A, V> {
     /// Follows the way to the node `index`, which exists.
     #[inline]
     pub(crate) fn path_to(&self, index: u32, path: &mut Path) {
-        let (mut at, start) = (self.root, self.node(index).start);
+        let (mut at, key) = (self.root, self.node(index).key(index));
         while at != NIL {
             path.push(at);
             if at == index {
                 break;
             }
             let node = self.node(at);
-            at = if (start, index) < (node.start, at) { node.left } else { node.right };
+            at = if key < node.key(at) { node.left } else { node.right };
         }
     }
 
@@ -203,7 +203,7 @@ impl<A: Address, V> Avl<A, V> {
             None => self.root = index,
             Some(depth) => {
                 let above = self.node_mut(path.nodes[depth]);
-                if (span.start(), index) < (above.start, path.nodes[depth]) {
+                if (span.start(), span.last(), index) < above.key(path.nodes[depth]) {
                     above.left = index;
                 } else {
                     above.right = index;
@@ -371,6 +371,12 @@ impl<A: Address, V> Avl<A, V> {
 }
 
 impl<A: Address, V> Node<A, V> {
+    /// What nodes are ordered by; `index` is its own.
+    #[inline]
+    fn key(&self, index: u32) -> (A, A, u32) {
+        (self.start, self.last, index)
+    }
+
     #[inline]
     fn summary(&self) -> (A, A, u64, u8) {
         (self.low, self.high, self.gap, self.height)

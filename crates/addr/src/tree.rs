@@ -87,11 +87,30 @@ impl<A: Address, V> IntervalTree<A, V> {
         (self.tree.generation(handle.index) == handle.generation).then_some(entry)
     }
 
-    /// Takes out the first entry of exactly `span` that `wanted` accepts.
-    pub fn remove_first(&mut self, span: Span<A>, mut wanted: impl FnMut(&V) -> bool) -> Option<V> {
-        let exact = |index: &u32| self.tree.entry(*index).is_some_and(|(found, value)| found == span && wanted(value));
-        let index = self.tree.overlapping(Span::one(span.start())).find(exact)?;
+    /// Takes out an entry of exactly `span`; of several, any of them.
+    pub fn remove_exact(&mut self, span: Span<A>) -> Option<V> {
+        let index = self.tree.first_exact(span)?;
         self.tree.remove(index).map(|(_, value)| value)
+    }
+
+    /// What of `span` no entry covers, ascending. Costs O(log n) for each step from the end of what is covered to the next gap, or to the entry that leads on
+    /// furthest: entries below others do not count.
+    pub fn gaps(&self, span: Span<A>) -> impl Iterator<Item = Span<A>> + '_ {
+        let mut from = Some(span.start());
+        core::iter::from_fn(move || {
+            loop {
+                let start = from.filter(|start| *start <= span.last())?;
+                if let Some(reach) = self.tree.reach(start).filter(|reach| *reach >= start) {
+                    from = reach.checked_add(1);
+                    continue;
+                }
+                let next = self.tree.first_from(start).map(|index| self.tree.span(index).start());
+                from = next;
+                // Nothing begins at `start`, or it would reach.
+                let last = next.map_or(span.last(), |next| A::new(next.get() - 1).min(span.last()));
+                return Some(Span::of(start, last));
+            }
+        })
     }
 
     /// The entries that share an address with `span`, by ascending start.

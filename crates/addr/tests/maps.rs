@@ -158,13 +158,11 @@ proptest! {
         let mut gone = Vec::new();
         for (n, (span, pick, take)) in steps.into_iter().enumerate() {
             if take && !model.is_empty() {
-                let (span, handle, value) = model.remove(pick % model.len());
-                prop_assert_eq!(tree.get(handle), Some((span, &value)));
-                if pick % 2 == 0 {
-                    prop_assert_eq!(tree.remove(handle), Some(value));
-                } else {
-                    prop_assert_eq!(tree.remove_first(span, |v| *v == value), Some(value));
-                }
+                let (exact, handle, value) = model[pick % model.len()];
+                prop_assert_eq!(tree.get(handle), Some((exact, &value)));
+                let value = if pick % 2 == 0 { tree.remove(handle) } else { tree.remove_exact(exact) };
+                let at = model.iter().position(|(s, _, v)| *s == exact && Some(*v) == value);
+                let (_, handle, _) = model.remove(at.ok_or_else(|| TestCaseError::fail("another entry went"))?);
                 gone.push(handle);
             } else {
                 model.push((span, tree.insert(span, n).unwrap(), n));
@@ -179,6 +177,17 @@ proptest! {
             expected.sort();
             prop_assert_eq!(found, expected);
             prop_assert_eq!(tree.len(), model.len());
+            if !model.iter().any(|(s, ..)| *s == span) {
+                prop_assert_eq!(tree.remove_exact(span), None);
+            }
+            // Address by address, what no entry covers.
+            let free = |at: u64| !model.iter().any(|(s, ..)| s.contains(Iova::new(at)));
+            let gaps: Vec<_> = tree.gaps(span).collect();
+            prop_assert!(gaps.windows(2).all(|pair| pair[0].last() < pair[1].start() && !pair[0].touches(pair[1])));
+            for at in span.start().get()..=span.last().get().min(span.start().get().saturating_add(400)) {
+                prop_assert_eq!(gaps.iter().any(|gap| gap.contains(Iova::new(at))), free(at), "{} in gaps of {:?}", at, span);
+            }
+            prop_assert!(gaps.iter().all(|gap| span.covers(*gap)), "{:?} of {:?}", gaps, span);
         }
     }
 }

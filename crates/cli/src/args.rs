@@ -25,7 +25,7 @@ pub(crate) enum Command {
     Soak(SoakArgs),
     /// Run a program that finds /dev/iommu, on a machine that has none
     Iommufd(IommufdArgs),
-    /// Measure this host: page tables, DMA, address spaces, conversions or calls of /dev/iommu
+    /// Measure this host: page tables, DMA, address spaces, conversions, calls of /dev/iommu, or how all of these grow
     Bench(BenchArgs),
 }
 
@@ -130,7 +130,7 @@ pub(crate) struct BenchArgs {
     /// Format of the page tables
     #[arg(long, default_value_t = FormatKind::AmdV1)]
     pub(crate) format: FormatKind,
-    /// Print a JSON array of medians instead of a table
+    /// Print JSON instead of a table: an array of medians, or for scale an object with points and verdicts
     #[arg(long)]
     pub(crate) json: bool,
     /// Only rows whose name contains this
@@ -142,6 +142,15 @@ pub(crate) struct BenchArgs {
     /// Do the work of each row exactly this often, once, and take no time: for tools that count instructions
     #[arg(long, value_name = "N", conflicts_with = "json")]
     pub(crate) times: Option<u64>,
+    /// scale: the most mapped memory, with a unit; 1T if not given. None of it is real: 1T takes up to 5 GiB for tables
+    #[arg(long, value_parser = parse_bytes)]
+    pub(crate) memory: Option<u64>,
+    /// scale: the most areas, and private pages; 1000000 if not given
+    #[arg(long, value_name = "N")]
+    pub(crate) areas: Option<u64>,
+    /// scale: the study that --only names at this size, without judging it
+    #[arg(long, hide = true)]
+    pub(crate) one_size: Option<u64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -156,16 +165,21 @@ pub(crate) enum BenchGroup {
     Convert,
     /// Calls of /dev/iommu, in process and by a program
     Iommufd,
+    /// All of these against size: up to 1 TiB mapped and a million areas. Status 1 when one grows faster than a logarithm: when it costs more at a size N
+    /// than each smaller size n allows, which is 1.5 log N / log n of the cost there, and 4 log N times what a random access to memory costs more
+    Scale,
 }
 
-impl From<BenchGroup> for workload::Group {
-    fn from(group: BenchGroup) -> Self {
-        match group {
-            BenchGroup::Pt => Self::Pt,
-            BenchGroup::Dma => Self::Dma,
-            BenchGroup::Ioas => Self::Ioas,
-            BenchGroup::Convert => Self::Convert,
-            BenchGroup::Iommufd => Self::Iommufd,
+impl BenchGroup {
+    /// Its rows; `None` for what has no rows of one size.
+    pub(crate) fn rows(self) -> Option<workload::Group> {
+        match self {
+            Self::Pt => Some(workload::Group::Pt),
+            Self::Dma => Some(workload::Group::Dma),
+            Self::Ioas => Some(workload::Group::Ioas),
+            Self::Convert => Some(workload::Group::Convert),
+            Self::Iommufd => Some(workload::Group::Iommufd),
+            Self::Scale => None,
         }
     }
 }

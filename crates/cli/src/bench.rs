@@ -1,6 +1,7 @@
 //! `lockstep bench`: the rows that the criterion benches run, sampled here, for users who want their own host's figures without a toolchain.
 
 use crate::args::{BenchArgs, BenchGroup};
+use crate::scale;
 use indicatif::{ProgressBar, ProgressStyle};
 use pt::FormatKind;
 use serde::Serialize;
@@ -26,7 +27,8 @@ struct Element {
 
 /// The command. Exit status 2 when a row could not be set up or nothing was selected.
 pub(crate) fn main(options: &BenchArgs) -> ExitCode {
-    match run(options) {
+    let Some(group) = options.group.rows() else { return scale::main(options) };
+    match run(options, group) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("lockstep: {error}");
@@ -35,11 +37,14 @@ pub(crate) fn main(options: &BenchArgs) -> ExitCode {
     }
 }
 
-fn run(options: &BenchArgs) -> Result<(), workload::Error> {
+fn run(options: &BenchArgs, group: Group) -> Result<(), workload::Error> {
+    if options.memory.or(options.areas).or(options.one_size).is_some() {
+        return Err("--memory and --areas are options of `lockstep bench scale`".into());
+    }
     if options.group == BenchGroup::Iommufd && options.format != FormatKind::AmdV1 {
         return Err(format!("calls of /dev/iommu are measured over amdv1 alone, not {}", options.format).into());
     }
-    let all = Group::from(options.group).rows(options.format);
+    let all = group.rows(options.format);
     let is_chosen = |row: &&Row| if options.exact { row.name == options.only } else { row.name.contains(&options.only) };
     let rows: Vec<&Row> = all.iter().filter(is_chosen).collect();
     if rows.is_empty() {

@@ -4,6 +4,7 @@ mod args;
 mod bench;
 mod iommufd;
 mod run;
+mod scale;
 mod soak;
 
 use args::{Args, Command};

@@ -2,13 +2,13 @@
 
 use crate::placement::Reservation;
 use crate::{LeafRule, Pages, Source};
-use addr::{Address, Iova, Lg2, Oa, PAGE_BYTES, PAGE_LG2, Page, SizeSet, Span};
+use addr::{Address, Handle, Iova, Lg2, Oa, PAGE_BYTES, PAGE_LG2, Page, SizeSet, Span};
 use backing::Backing;
 use iommu::Domain;
 use pt::Perm;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// Where an area is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +70,8 @@ pub struct Area {
     state: AtomicU64,
     /// Pins, locks, and whether new ones are refused.
     claims: AtomicU64,
+    /// Where it stands among those over the same backing, once it is not the only one.
+    listed: OnceLock<Handle>,
     /// In which domains its leaves are. Changed only under the span lock of its pages.
     seats: Mutex<Seats>,
 }
@@ -104,6 +106,7 @@ impl Area {
             policy: Arc::clone(policy),
             state: AtomicU64::new(BUILDING),
             claims: AtomicU64::new(0),
+            listed: OnceLock::new(),
             seats: Mutex::new(seats),
         }
     }
@@ -262,6 +265,16 @@ impl Area {
     /// Whether it is another device's memory.
     pub(crate) fn is_device(&self) -> bool {
         self.source.as_ref().is_some_and(|source| source.is_device())
+    }
+
+    /// Its place in the listing of its pages, for [`crate::listing`] alone.
+    pub(crate) fn listed(&self) -> Option<Handle> {
+        self.listed.get().copied()
+    }
+
+    pub(crate) fn set_listed(&self, handle: Handle) {
+        let fresh = self.listed.set(handle);
+        debug_assert!(fresh.is_ok(), "an area is listed once in its life");
     }
 
     pub(crate) fn seats(&self) -> Seats {

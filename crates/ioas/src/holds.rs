@@ -2,7 +2,7 @@
 //!
 //! Most sources have one area in an address space with a domain, so the first span needs no memory of its own.
 
-use addr::{Address, IntervalTree, OutOfMemory, Page, Span};
+use addr::{IntervalTree, OutOfMemory, Page, Span};
 
 pub(crate) struct Holds {
     first: Option<Span<Page>>,
@@ -39,7 +39,7 @@ impl Holds {
             self.first = None;
             return true;
         }
-        self.more.remove_first(span, |()| true).is_some()
+        self.more.remove_exact(span).is_some()
     }
 
     /// Shows what of `span` no hold covers, ascending, until `show` has had enough.
@@ -51,17 +51,7 @@ impl Holds {
         if self.more.is_empty() {
             return without_first(span);
         }
-        let mut from = span.start();
-        for (found, ()) in self.more.overlapping(span) {
-            if let Some(before) = found.start().get().checked_sub(1).and_then(|last| Span::new(from, Page::new(last))) {
-                without_first(before)?;
-            }
-            match found.last().checked_add(1) {
-                Some(next) => from = from.max(next),
-                None => return Ok(()),
-            }
-        }
-        Span::new(from, span.last()).map_or(Ok(()), without_first)
+        self.more.gaps(span).try_for_each(without_first)
     }
 
     /// Shows what is held, by ascending start; spans may overlap.

@@ -21,6 +21,7 @@ impl Listing {
         self.tree.reserve(extra + 1)
     }
 
+    /// Adds an area that was in no list before.
     pub(crate) fn insert(&mut self, area: &Arc<Area>) -> Result<(), OutOfMemory> {
         let entry = (area.page_span(), Arc::clone(area));
         if self.len() == 0 {
@@ -29,7 +30,8 @@ impl Listing {
         }
         self.reserve(1)?;
         for (pages, area) in self.only.take().into_iter().chain([entry]) {
-            self.tree.insert(pages, area)?;
+            let handle = self.tree.insert(pages, Arc::clone(&area))?;
+            area.set_listed(handle);
         }
         Ok(())
     }
@@ -38,7 +40,8 @@ impl Listing {
         if let Some((_, only)) = self.only.take_if(|(_, only)| std::ptr::eq(Arc::as_ptr(only), area)) {
             return Some(only);
         }
-        self.tree.remove_first(area.page_span(), |own| std::ptr::eq(Arc::as_ptr(own), area))
+        // By its handle, since there may be any number of others over the same pages.
+        self.tree.remove(area.listed()?)
     }
 
     /// Those that meet `pages`, by ascending first page.

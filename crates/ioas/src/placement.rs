@@ -10,7 +10,8 @@ use std::sync::Arc;
 pub enum Place {
     /// Exactly here. The allowed ranges do not matter.
     Fixed(Iova),
-    /// At the lowest free place inside the allowed ranges.
+    /// At the lowest free place inside the allowed ranges. After many holes that are long enough and not aligned, at the lowest that is long enough
+    /// wherever it begins, so that a search costs no more where there are many holes.
     Auto,
 }
 
@@ -20,6 +21,9 @@ pub struct Reservation(Handle);
 
 /// The most that automatic placement aligns to: the size of a transparent huge page.
 const MOST_ALIGN: u64 = 2 << 20;
+
+/// Holes that are long enough, and where nothing fits for want of alignment, that a search looks at before it asks for more room.
+const MISFITS: u32 = 32;
 
 /// Who is where.
 #[derive(Debug)]
@@ -92,7 +96,9 @@ impl Space {
                 (room >= len - 1).then(|| Iova::new(start))
             })
         };
-        let find = |within: Span<Iova>| self.areas.first_gap(within, len, fits);
+        // Here something fits wherever the hole begins.
+        let ample = len + (align - 1) + in_page;
+        let find = |within: Span<Iova>| first_fit(&self.areas, within, [len, ample], fits);
         let anywhere = Span::of(Iova::new(PAGE_BYTES), Iova::new(u64::MAX - PAGE_BYTES));
         let start = if self.allowed.is_empty() {
             find(anywhere)
@@ -176,9 +182,31 @@ impl Space {
     }
 }
 
+/// Where `fits` answers: in the lowest gap of at least `len` or, when it has refused [`MISFITS`] of these, of at least `ample`. Only where no gap is ample are
+/// all looked at.
+fn first_fit<V>(
+    areas: &SpanMap<Iova, V>,
+    within: Span<Iova>,
+    [len, ample]: [u64; 2],
+    fits: impl Fn(Span<Iova>) -> Option<Iova>,
+) -> Option<Iova> {
+    let (mut misfits, mut found) = (0, None);
+    areas.first_gap(within, len, |gap| {
+        found = fits(gap);
+        misfits += 1;
+        // Any answer ends the search.
+        found.or((misfits >= MISFITS).then_some(gap.start()))
+    });
+    if found.is_some() || misfits < MISFITS {
+        return found;
+    }
+    areas.first_gap(within, ample, &fits).or_else(|| areas.first_gap(within, len, &fits))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::cell::Cell;
 
     fn span(start: u64, last: u64) -> Span<Iova> {
         Span::of(Iova::new(start), Iova::new(last))
@@ -211,5 +239,38 @@ mod tests {
         assert!(matches!(auto(&space, u64::MAX / 2, 0), Err(Error::TooLong { .. })));
         space.set_align(0x1000).unwrap();
         assert!(matches!(auto(&space, 0x1000, 0x800), Err(Error::SourceMisaligned { .. })));
+    }
+
+    /// Areas that leave holes of 8 KiB, none of which begins on 8 KiB: room for 8 KiB is found without a look at all of them.
+    #[test]
+    fn holes_that_do_not_fit_are_not_all_looked_at() {
+        const K4: u64 = 4096;
+        let looks = Cell::new(0);
+        let fits = |gap: Span<Iova>| {
+            looks.set(looks.get() + 1);
+            let start = gap.start().get().checked_next_multiple_of(2 * K4)?;
+            (gap.last().get().checked_sub(start)? >= 2 * K4 - 1).then(|| Iova::new(start))
+        };
+        let mut areas = SpanMap::new();
+        let mut last = 0;
+        for count in [10, 100_000] {
+            for index in areas.len() as u64..count {
+                last = (4 * index + 5) * K4 - 1;
+                areas.insert(span((4 * index + 3) * K4, last), ()).unwrap();
+            }
+            let search = |within| {
+                looks.set(0);
+                let found = first_fit(&areas, within, [2 * K4, 3 * K4 - 1], fits);
+                (found.map(Iova::get), looks.get())
+            };
+            let behind = (last + 1).next_multiple_of(2 * K4);
+            let (found, looks) = search(span(K4, u64::MAX));
+            assert_eq!(found, Some(behind), "{count} areas");
+            assert!(looks <= MISFITS + 4, "{looks} looks among {count} areas");
+            // Nothing fits at all, which takes a look at all that is long enough to be sure.
+            assert_eq!(search(span(K4, last)), (None, if count > 10 { MISFITS + count as u32 } else { count as u32 }));
+            // What fits below the first misfits is still the lowest.
+            assert_eq!(search(span(0, u64::MAX)).0, Some(0));
+        }
     }
 }

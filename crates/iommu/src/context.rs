@@ -81,6 +81,10 @@ impl Refused {
     }
 }
 
+/// Larger leaves are cached and checked in pieces of this size, as hardware does it: for a piece the check reads one summary of the secure world's table, for the
+/// whole leaf it would read one for each such piece in it.
+const LARGEST: Lg2 = Lg2::G1;
+
 /// How often a check is made again because a split came in between.
 const RECHECKS: u32 = 64;
 
@@ -204,11 +208,19 @@ impl Context {
         Ok(self.fill(leaf))
     }
 
+    /// The leaf that answers for `iova`, or of a leaf above [`LARGEST`] that much around it.
     fn walk(&mut self, iova: Iova) -> Result<Leaf, Refused> {
         self.counters.walks += 1;
         let domain = self.identity.domain.as_ref().ok_or(Refused::by(FaultKind::NotAttached, None))?;
         let leaf = domain.table().walk(iova).ok_or(Refused::by(FaultKind::NotMapped, None))?;
-        Ok(if self.device.iommu().rmp().checks_pages() { page_of(leaf, iova) } else { leaf })
+        if self.device.iommu().rmp().checks_pages() {
+            return Ok(page_of(leaf, iova));
+        }
+        if leaf.size <= LARGEST {
+            return Ok(leaf);
+        }
+        let start = iova.align_down(LARGEST.0);
+        Ok(Leaf { iova: start, oa: leaf.oa_of(start), size: LARGEST, ..leaf })
     }
 
     fn fill(&mut self, leaf: Leaf) -> Hit<Target> {

@@ -3,10 +3,10 @@
 mod common;
 
 use addr::{Address, Gpa, Iova, Lg2, SizeSet, Span};
-use backing::Frames;
+use backing::{Backing, Frames};
 use common::{ASID, BASE, Machine, span};
-use lockstep_iommu_device::{FaultKind, RefusedBy, Tdisp, Trust};
-use pt::{Perm, Stock};
+use lockstep_iommu_device::{Access, FaultKind, RefusedBy, Tdisp, Trust};
+use pt::{Gather, Perm, Stock};
 use secure::{Reason, RmpSize, RmpState, Vmpl};
 
 const MIB: u64 = 1 << 20;
@@ -40,6 +40,34 @@ fn one_private_page_spoils_a_large_shared_leaf() {
     // A cut of the leaf, without any invalidation of the spoiled entry, does not help; an invalidation does.
     machine.iommu.rmp().rmpupdate(machine.oa(0x5000), RmpState::shared(RmpSize::K4)).unwrap();
     dma.write(BASE, b"shared").unwrap();
+}
+
+/// A leaf above 1 GiB is cached and checked 1 GiB at a time: a check of the whole would read a summary for each GiB, with every access.
+#[test]
+fn leaves_of_many_gib_are_checked_piece_by_piece() {
+    const GIB: u64 = 1 << 30;
+    let machine = Machine::over(Backing::simulated(64 * GIB, Frames::Contiguous).unwrap());
+    let base = Iova::new(64 * GIB);
+    machine.map(base, 0, 64 * GIB, Perm::RW, SizeSet::ALL);
+    assert_eq!(machine.domain.table().leaf_at(base).unwrap().size, Lg2(36), "one leaf");
+    let mut dma = machine.dma();
+    for gib in [63, 0, 5] {
+        let found = dma.translate(base.plus(gib * GIB + 0x1234), Access::Write).unwrap();
+        assert_eq!((found.oa, found.leaf), (machine.oa(gib * GIB + 0x1234), span(base.plus(gib * GIB), GIB)));
+    }
+    assert_eq!(dma.stats().walks, 3);
+    machine.make_private(5 * GIB + 0x5000, Gpa::new(0x9000), RmpSize::K4);
+    let fault = dma.translate(base.plus(6 * GIB - 1), Access::Read).unwrap_err();
+    assert_eq!(fault.refusal.unwrap().at, machine.oa(5 * GIB + 0x5000));
+    dma.translate(base.plus(6 * GIB), Access::Read).unwrap();
+    dma.translate(base.plus(5 * GIB - 1), Access::Read).unwrap();
+    // One unmap takes all pieces out of the cache.
+    let mut gather = Gather::new();
+    assert_eq!(machine.domain.table().unmap(span(base, 64 * GIB), &mut gather), None);
+    machine.domain.flush(gather);
+    for gib in [0, 4, 5, 6, 63] {
+        assert_eq!(dma.translate(base.plus(gib * GIB), Access::Read).unwrap_err().reason, FaultKind::NotMapped);
+    }
 }
 
 #[test]
@@ -109,7 +137,7 @@ fn sizes_must_agree_and_a_fresh_walk_decides() {
     assert_eq!(dma.stats().rechecks, rechecks + 1);
     dma.write(Iova::new(0x3000), b"again").unwrap();
     assert_eq!(dma.stats().rechecks, rechecks + 1, "the stale entry is gone");
-    assert_eq!(dma.translate(Iova::new(0x3000), lockstep_iommu_device::Access::Read).unwrap().leaf, Span::block(Iova::new(0x3000), 12));
+    assert_eq!(dma.translate(Iova::new(0x3000), Access::Read).unwrap().leaf, Span::block(Iova::new(0x3000), 12));
 
     // A real mismatch, at rest: a fault, although ownership agrees.
     machine.make_private(2 * MIB, Gpa::new(2 * MIB), RmpSize::M2);

@@ -1,5 +1,6 @@
 //! What is measured, apart from how: every row of the figures is one piece of work that keeps its own time. `lockstep bench` samples the rows and
-//! prints a table; the criterion benches run the very same rows, so the two cannot drift apart.
+//! prints a table; the criterion benches run the very same rows, so the two cannot drift apart. What costs come to as things grow is another matter: see
+//! [`scale`].
 //!
 //! - *row*: a name, what one figure stands for, and how to set the work up ([`Row`]).
 //! - *work*: runs an operation so many times, and answers how long the operations took ([`Work`]). Undoing them is off the clock.
@@ -13,6 +14,7 @@ pub mod iommufd;
 mod kernel;
 mod measure;
 pub mod pt;
+pub mod scale;
 mod tree;
 
 pub use kernel::Kernel;

@@ -118,6 +118,23 @@ impl Tree {
         self.table.merge(span(at, len), SizeSet::ALL, &mut gather, |_| {});
         gather.finish(&self.arena, |_| {});
     }
+
+    /// The leaf that answers for `at`: where it begins, and how long it is.
+    pub(crate) fn leaf(&self, at: u64) -> (u64, u64) {
+        self.table.leaf_at(Iova::new(at)).map_or((at, 4096), |leaf| (leaf.span().start().get(), leaf.span().len()))
+    }
+
+    /// How many leaves the first `len` bytes have.
+    pub(crate) fn leaves(&self, len: u64) -> u64 {
+        let mut count = 0;
+        self.table.leaves(span(0, len), |_| count += 1);
+        count
+    }
+
+    /// What the tables take, with their links in the arena.
+    pub(crate) fn table_bytes(&self) -> u64 {
+        u64::from(self.arena.tables_in_use() - self.stock.tables()) * (8 * WORDS_PER_TABLE as u64)
+    }
 }
 
 /// `len` bytes from `at`, which do not wrap.

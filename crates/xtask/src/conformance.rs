@@ -115,7 +115,7 @@ fn compiles(text: &str, scratch: &Path) -> bool {
 }
 
 /// The command, as released, with the test devices.
-fn build_lockstep() -> Result<PathBuf, String> {
+pub(crate) fn build_lockstep() -> Result<PathBuf, String> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let built = Command::new(cargo).current_dir(root()).args(["build", "--release", "-p", "lockstep-cli"]).status();
     if !built.is_ok_and(|status| status.success()) {

@@ -3,6 +3,7 @@
 mod conformance;
 mod coverage;
 mod instructions;
+mod plots;
 mod vm;
 
 use clap::{Parser, Subcommand};
@@ -33,6 +34,8 @@ enum Chore {
     Vm(vm::Options),
     #[command(hide = true, name = vm::init::ARGUMENT)]
     FirstProcess,
+    /// Draw docs/plots/*.svg: what operations cost against size, as `lockstep bench scale` measures it
+    Plots(plots::Options),
 }
 
 fn main() -> ExitCode {
@@ -42,6 +45,7 @@ fn main() -> ExitCode {
         Chore::Instructions(options) => instructions::main(&options),
         Chore::Vm(options) => vm::main(&options),
         Chore::FirstProcess => vm::init::main(),
+        Chore::Plots(options) => plots::main(&options),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -63,6 +63,40 @@ impl<A: Address, V> Avl<A, V> {
         best
     }
 
+    /// The first of the entries of exactly `span`.
+    pub(crate) fn first_exact(&self, span: Span<A>) -> Option<u32> {
+        let (mut at, mut best) = (self.root, None);
+        while at != NIL {
+            let node = self.node(at);
+            let key = (node.start, node.last);
+            if key < (span.start(), span.last()) {
+                at = node.right;
+            } else {
+                if key == (span.start(), span.last()) {
+                    best = Some(at);
+                }
+                at = node.left;
+            }
+        }
+        best
+    }
+
+    /// The highest last of the entries whose start is `from` or below.
+    pub(crate) fn reach(&self, from: A) -> Option<A> {
+        let (mut at, mut best) = (self.root, None);
+        while at != NIL {
+            let node = self.node(at);
+            if node.start > from {
+                at = node.left;
+                continue;
+            }
+            let left = (node.left != NIL).then(|| self.node(node.left).high);
+            best = best.max(left).max(Some(node.last));
+            at = node.right;
+        }
+        best
+    }
+
     /// Shows `fits` the free gaps inside `within` of at least `min_len`, ascending, until it answers.
     pub(crate) fn first_gap(&self, within: Span<A>, min_len: u64, fits: &mut dyn FnMut(Span<A>) -> Option<A>) -> Option<A> {
         self.gaps_below(self.root, Some(Span::whole().start()), Some(Span::whole().last()), within, min_len, fits)

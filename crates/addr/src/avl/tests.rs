@@ -14,7 +14,7 @@ impl<A: Address, V> Avl<A, V> {
         assert!(seen.is_sorted());
     }
 
-    fn check_below(&self, index: u32, seen: &mut Vec<(A, u32)>) -> u8 {
+    fn check_below(&self, index: u32, seen: &mut Vec<(A, A, u32)>) -> u8 {
         if index == NIL {
             return 0;
         }
@@ -22,10 +22,10 @@ impl<A: Address, V> Avl<A, V> {
         let node = &self.nodes[index as usize];
         assert!(node.value.is_some());
         let left = self.check_below(node.left, seen);
-        seen.push((node.start, index));
+        seen.push((node.start, node.last, index));
         let right = self.check_below(node.right, seen);
         assert!(left.abs_diff(right) <= 1 && node.height == left.max(right) + 1);
-        let lasts = seen[from..].iter().map(|(_, i)| self.nodes[*i as usize].last);
+        let lasts = seen[from..].iter().map(|(_, last, _)| *last);
         assert_eq!((node.low, Some(node.high)), (seen[from].0, lasts.max()));
         node.height
     }
@@ -98,5 +98,28 @@ fn a_million_entries_cost_a_logarithm() {
         cost(&mut tree, "remove", &mut |tree| remove(tree, index));
     }
     assert_ne!(tree.next_index(), NIL);
+    tree.check();
+}
+
+/// A million entries over one page: taking one out, and asking what they leave uncovered, must not look at the others.
+#[test]
+fn a_million_equal_entries_cost_a_logarithm() {
+    let mut tree = Avl::new();
+    let cost = |tree: &mut Avl<Iova, u64>, what: &str, run: &mut dyn FnMut(&mut Avl<Iova, u64>)| {
+        let before = tree.visits.load(Relaxed);
+        run(tree);
+        let visits = tree.visits.load(Relaxed) - before;
+        assert!(visits <= 440, "{what} at {} entries visited {visits} nodes", tree.len());
+    };
+    let mut all: Vec<u32> = (0..1_000_000).map(|n: u64| insert(&mut tree, span(4096 + n / 250_000, 4096))).collect();
+    for round in 0..20_000_u64 {
+        let one = span(4096 + round % 4, 4096);
+        cost(&mut tree, "exact", &mut |tree| assert!(tree.first_exact(one).is_some()));
+        cost(&mut tree, "reach", &mut |tree| assert_eq!(tree.reach(one.start()), Some(one.last())));
+        let index = all.swap_remove((round * 7919) as usize % all.len());
+        cost(&mut tree, "remove", &mut |tree| remove(tree, index));
+    }
+    assert_eq!(tree.first_exact(span(4096, 4095)), None);
+    assert_eq!(tree.reach(Iova::new(4095)), None);
     tree.check();
 }
