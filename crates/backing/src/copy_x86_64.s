@@ -90,7 +90,7 @@
 50: // 129 and more
     test r8d, 2
     jz 52f
-    cmp rdx, 4096
+    cmp rdx, 8192
     jb 52f
     // Zen 4 takes 30 times as long when the destination lies 1 to 31 bytes behind the source, modulo 4 KiB.
     lea eax, [rdi - 1]
@@ -158,7 +158,7 @@
     xor eax, eax
     ret
 
-80: // 4096 and more with fast `rep movsb`: 64 bytes by hand, so that the rest begins on a line of the destination
+80: // 8192 and more with fast `rep movsb`: 64 bytes by hand, so that the rest begins on a line of the destination
     movups xmm0, xmmword ptr [rsi]
     movups xmm1, xmmword ptr [rsi + 16]
     movups xmm2, xmmword ptr [rsi + 32]

@@ -5,6 +5,7 @@
 
 use crate::{Domain, Error, Fault, FaultKind, Iommu, KindCounters};
 use addr::Gpa;
+use iotlb::Source;
 use secure::{Requester, Vmpl};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -65,8 +66,8 @@ struct State {
 
 /// The copy, and when it was made.
 pub(crate) struct Identity {
-    pub(crate) generation: u64,
-    pub(crate) domain: Option<Arc<Domain>>,
+    generation: u64,
+    domain: Option<Arc<Domain>>,
     pub(crate) requester: Result<Requester, FaultKind>,
     pub(crate) gpa_offset: u64,
 }
@@ -181,18 +182,6 @@ impl Device {
         Ok(())
     }
 
-    #[inline]
-    pub(crate) fn generation(&self) -> u64 {
-        self.generation.load(Ordering::Acquire)
-    }
-
-    pub(crate) fn identity(&self) -> Identity {
-        // Read before the state: if that changes in between, the copy counts as old and is made again.
-        let generation = self.generation();
-        let State { domain, trust, gpa_offset } = self.state().clone();
-        Identity { generation, domain, requester: trust.requester(), gpa_offset }
-    }
-
     pub(crate) fn record(&self, fault: Fault) {
         self.faults.count(fault.reason);
         self.iommu.faults().record(fault);
@@ -200,6 +189,39 @@ impl Device {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a context's view follows.
+pub(crate) struct Followed(pub(crate) Arc<Device>);
+
+impl Source for Followed {
+    type Identity = Identity;
+
+    #[inline]
+    fn generation(&self) -> u64 {
+        self.0.generation.load(Ordering::Acquire)
+    }
+
+    fn identity(&self) -> Identity {
+        // Read before the state: if that changes in between, the copy counts as old and is made again.
+        let generation = self.generation();
+        let State { domain, trust, gpa_offset } = self.0.state().clone();
+        Identity { generation, domain, requester: trust.requester(), gpa_offset }
+    }
+}
+
+impl iotlb::Identity for Identity {
+    type Domain = Domain;
+
+    #[inline]
+    fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    #[inline]
+    fn domain(&self) -> Option<&Arc<Domain>> {
+        self.domain.as_ref()
     }
 }
 

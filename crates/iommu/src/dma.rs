@@ -13,6 +13,8 @@ use sync::{Slot, fail};
 
 /// What is transferred under one guard at most, so that no writer waits longer than such a copy takes.
 pub const CHUNK_BYTES: u64 = 64 << 10;
+/// What a descriptor counts for at least: one that copies nothing may still have to walk.
+const LEAST_CHARGE_BYTES: u64 = 4 << 10;
 
 /// A translation as it was when it was asked for; it may be gone by now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +25,20 @@ pub struct Translation {
     pub leaf: Span<Iova>,
     /// What the leaf allows.
     pub perm: Perm,
+}
+
+impl Translation {
+    #[inline(always)]
+    fn of(place: &Place) -> Self {
+        Self { oa: place.oa, leaf: place.leaf, perm: place.perm }
+    }
+}
+
+/// The guard that is open.
+#[derive(Debug, Default)]
+pub(crate) struct Open {
+    /// Bytes that may still be copied under it; 0 when there is none.
+    left: u64,
 }
 
 /// How a context fared.
@@ -85,7 +101,7 @@ impl Dma {
 
     /// The device it acts for.
     pub fn device(&self) -> &Arc<Device> {
-        &self.context.device
+        self.context.device()
     }
 
     /// Reads memory, from `iova` on.
@@ -93,7 +109,7 @@ impl Dma {
     /// # Errors
     /// [`Fault`]; `done` bytes of `into` have been filled.
     pub fn read(&mut self, iova: Iova, into: &mut [u8]) -> Result<(), Fault> {
-        self.transfer(iova, into.len() as u64, Access::Read, Into(into))
+        self.alone(|dma, open| dma.read_in(iova, into, open))
     }
 
     /// Writes memory, from `iova` on.
@@ -101,18 +117,46 @@ impl Dma {
     /// # Errors
     /// [`Fault`]; `done` bytes have been written.
     pub fn write(&mut self, iova: Iova, from: &[u8]) -> Result<(), Fault> {
-        self.transfer(iova, from.len() as u64, Access::Write, From(from))
+        self.alone(|dma, open| dma.write_in(iova, from, open))
     }
 
-    #[inline]
-    fn transfer(&mut self, iova: Iova, len: u64, access: Access, mut buffer: impl Buffer) -> Result<(), Fault> {
+    #[inline(always)]
+    fn transfer(&mut self, iova: Iova, len: u64, access: Access, buffer: &mut impl Buffer, open: &mut Open) -> Result<(), Fault> {
+        if len.wrapping_sub(1) < CHUNK_BYTES && self.transfer_quickly(iova, len, access, buffer, open) {
+            return Ok(());
+        }
+        self.transfer_in_full(iova, len, access, buffer, open)
+    }
+
+    /// What most descriptors are: inside one leaf that is cached, in host memory, with nothing to be noted. False when it is not so, or some
+    /// of the memory is not there; then nothing, or some of it, was copied.
+    #[inline(always)]
+    fn transfer_quickly(&mut self, iova: Iova, len: u64, access: Access, buffer: &mut impl Buffer, open: &mut Open) -> bool {
+        let Some(hit) = self.context.probe(iova, access) else { return false };
+        let into = iova.offset_from(hit.start);
+        let Some(host) = hit.value.host.filter(|_| len - 1 <= hit.size.bytes() - 1 - into) else { return false };
+        // With the cache asked before the guard is entered, the answer need not wait for the stores that the entry waits for.
+        if !self.open_unchanged(open, len) {
+            return false;
+        }
+        if !self.context.confirm(&hit, access) {
+            return false;
+        }
+        linger();
+        let copied = buffer.near(host.plus(into), 0, len as usize);
+        self.charge(open, len);
+        copied.is_ok()
+    }
+
+    #[inline(never)]
+    fn transfer_in_full(&mut self, iova: Iova, len: u64, access: Access, buffer: &mut impl Buffer, open: &mut Open) -> Result<(), Fault> {
         self.check_length(iova, len, access)?;
-        self.chunks(len, (iova, access), |context, done, limit| {
+        self.chunks(len, (iova, access), open, |context, done, limit| {
             let at = iova.plus(done);
             let place = context.resolve(at, access).map_err(|refused| context.fault(at, access, done, refused))?;
             let now = limit.min(place.rest.saturating_add(1));
             let Some(host) = place.host(now) else {
-                return far::transfer(&place, now, done, &mut buffer).map_err(|(part, kind)| {
+                return far::transfer(&place, now, done, buffer).map_err(|(part, kind)| {
                     let refused = Refused::by(kind, Some(place.oa.plus(part)));
                     context.fault(at.plus(part), access, done + part, refused)
                 });
@@ -128,14 +172,37 @@ impl Dma {
         })
     }
 
+    /// A descriptor that shares its guard with nobody.
+    #[inline(always)]
+    fn alone(&mut self, descriptor: impl FnOnce(&mut Self, &mut Open) -> Result<(), Fault>) -> Result<(), Fault> {
+        let mut open = Open::default();
+        let result = descriptor(self, &mut open);
+        self.close(&mut open);
+        result
+    }
+
+    #[inline(always)]
+    pub(crate) fn read_in(&mut self, iova: Iova, into: &mut [u8], open: &mut Open) -> Result<(), Fault> {
+        self.transfer(iova, into.len() as u64, Access::Read, &mut Into(into), open)
+    }
+
+    #[inline(always)]
+    pub(crate) fn write_in(&mut self, iova: Iova, from: &[u8], open: &mut Open) -> Result<(), Fault> {
+        self.transfer(iova, from.len() as u64, Access::Write, &mut From(from), open)
+    }
+
     /// Copies `len` bytes from one IOVA to another, as a DMA engine does. Where the two overlap, what arrives is unspecified.
     ///
     /// # Errors
     /// [`Fault`], whose access says which side was refused; `done` bytes have been copied.
     pub fn copy(&mut self, src: Iova, dst: Iova, len: u64) -> Result<(), Fault> {
+        self.alone(|dma, open| dma.copy_in(src, dst, len, open))
+    }
+
+    pub(crate) fn copy_in(&mut self, src: Iova, dst: Iova, len: u64, open: &mut Open) -> Result<(), Fault> {
         self.check_length(src, len, Access::Read)?;
         self.check_length(dst, len, Access::Write)?;
-        self.chunks(len, (src, Access::Read), |context, done, limit| {
+        self.chunks(len, (src, Access::Read), open, |context, done, limit| {
             let (from, to) = (src.plus(done), dst.plus(done));
             let source = context.resolve(from, Access::Read).map_err(|refused| context.fault(from, Access::Read, done, refused))?;
             let target = context.resolve(to, Access::Write).map_err(|refused| context.fault(to, Access::Write, done, refused))?;
@@ -165,11 +232,25 @@ impl Dma {
     /// # Errors
     /// [`Fault`].
     pub fn translate(&mut self, iova: Iova, access: Access) -> Result<Translation, Fault> {
+        if let Some(hit) = self.context.probe(iova, access)
+            && self.context.enter_unchanged(&mut self.slot)
+        {
+            let good = self.context.confirm(&hit, access);
+            self.slot.leave();
+            if good {
+                return Ok(Translation::of(&Place::of(&hit, iova)));
+            }
+        }
+        self.translate_in_full(iova, access)
+    }
+
+    #[inline(never)]
+    fn translate_in_full(&mut self, iova: Iova, access: Access) -> Result<Translation, Fault> {
         self.enter(iova, access)?;
         let resolved = self.context.resolve(iova, access);
         self.slot.leave();
         match resolved {
-            Ok(place) => Ok(Translation { oa: place.oa, leaf: place.leaf, perm: place.perm }),
+            Ok(place) => Ok(Translation::of(&place)),
             Err(refused) => Err(self.context.fault(iova, access, 0, refused)),
         }
     }
@@ -200,19 +281,24 @@ impl Dma {
         self.context.iotlb().len()
     }
 
-    /// Runs `step` until it has made `len` bytes of progress, under guards of at most [`CHUNK_BYTES`] each. `step` gets how much is done and
-    /// how much it may do, and answers how much it did.
+    /// Runs `step` until it has made `len` bytes of progress, under guards of at most [`CHUNK_BYTES`] each, the first of which may be open
+    /// already. `step` gets how much is done and how much it may do, and answers how much it did.
     #[inline]
     fn chunks(
         &mut self,
         len: u64,
         first: (Iova, Access),
+        open: &mut Open,
         mut step: impl FnMut(&mut Context, u64, u64) -> Result<u64, Fault>,
     ) -> Result<(), Fault> {
         let mut done = 0;
         while done < len {
-            self.enter(first.0.plus(done), first.1).map_err(|fault| Fault { done, ..fault })?;
-            let until = len.min(done.saturating_add(CHUNK_BYTES));
+            if open.left == 0 {
+                self.enter(first.0.plus(done), first.1).map_err(|fault| Fault { done, ..fault })?;
+                open.left = CHUNK_BYTES;
+            }
+            let until = len.min(done.saturating_add(open.left));
+            let before = done;
             let mut chunk = Ok(());
             while done < until {
                 match step(&mut self.context, done, until - done) {
@@ -223,28 +309,47 @@ impl Dma {
                     }
                 }
             }
-            self.slot.leave();
+            self.charge(open, done - before);
             chunk?;
         }
         Ok(())
     }
 
-    /// Opens a guard of the device's domain, with everything applied that was logged before.
+    /// Sees to it that a guard is open under which `len` bytes may be copied, entered with nothing to apply. Otherwise false, and none is.
+    #[inline(always)]
+    fn open_unchanged(&mut self, open: &mut Open, len: u64) -> bool {
+        if open.left >= len {
+            return true;
+        }
+        self.close(open);
+        if !self.context.enter_unchanged(&mut self.slot) {
+            return false;
+        }
+        open.left = CHUNK_BYTES;
+        true
+    }
+
+    /// Notes what was copied under the guard that is open, and leaves it when that is enough.
+    #[inline(always)]
+    fn charge(&mut self, open: &mut Open, bytes: u64) {
+        open.left = open.left.saturating_sub(bytes.max(LEAST_CHARGE_BYTES));
+        if open.left == 0 {
+            self.slot.leave();
+        }
+    }
+
+    /// Leaves the guard if it is open.
+    #[inline(always)]
+    pub(crate) fn close(&mut self, open: &mut Open) {
+        if open.left != 0 {
+            open.left = 0;
+            self.slot.leave();
+        }
+    }
+
     #[inline(always)]
     fn enter(&mut self, iova: Iova, access: Access) -> Result<(), Fault> {
-        loop {
-            if let Some(domain) = self.context.domain() {
-                self.slot.enter(domain.id());
-                if self.context.is_current() {
-                    self.context.catch_up();
-                    return Ok(());
-                }
-                self.slot.leave();
-            } else if self.context.is_current() {
-                return Err(self.context.fault(iova, access, 0, Refused::by(FaultKind::NotAttached, None)));
-            }
-            self.context.renew();
-        }
+        self.context.enter(&mut self.slot).map_err(|refused| self.context.fault(iova, access, 0, refused))
     }
 
     #[inline]
@@ -278,6 +383,6 @@ fn linger() {
 
 impl fmt::Debug for Dma {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Dma").field("device", &self.context.device).field("stats", &self.stats()).finish_non_exhaustive()
+        f.debug_struct("Dma").field("device", self.context.device()).field("stats", &self.stats()).finish_non_exhaustive()
     }
 }

@@ -18,18 +18,18 @@ mod domain;
 pub mod engine;
 mod far;
 mod fault;
-mod iotlb;
-mod log;
+mod queue;
 mod slice;
 mod unit;
 
+pub use ::iotlb::{Hit, Iotlb, IotlbStats};
 pub use config::DomainConfig;
 pub use device::{Device, Tdisp, Trust};
 pub use dma::{CHUNK_BYTES, Dma, DmaStats, Translation};
 pub use domain::{Domain, FlushStats};
 pub use engine::EngineDevice;
 pub use fault::{Access, Fault, FaultKind, FaultLog, KindCounters, RefusedBy};
-pub use iotlb::{Hit, Iotlb, IotlbStats};
+pub use queue::{Descriptor, OnFault};
 pub use slice::{DmaSlice, SliceError};
 pub use unit::{Config, Error, Iommu};
 
