@@ -82,15 +82,14 @@ impl Dma {
         let mut open = Open::default();
         let mut run = 0;
         for descriptor in queue {
+            run += 1;
             let result = match &mut descriptor.transfer {
                 Transfer::Read(iova, into) => self.read_in(*iova, into, &mut open),
                 Transfer::Write(iova, from) => self.write_in(*iova, from, &mut open),
                 Transfer::Copy(src, dst, len) => self.copy_in(*src, *dst, *len, &mut open),
             };
-            run += 1;
-            let stop = on_fault == OnFault::Stop && result.is_err();
             descriptor.result = Some(result);
-            if stop {
+            if on_fault == OnFault::Stop && result.is_err() {
                 break;
             }
         }

@@ -129,7 +129,7 @@ impl<V: Copy + Default> Iotlb<V> {
         }
     }
 
-    /// The cached translation of `iova` if it is of the size that the last lookup had: what most lookups find. It is counted by
+    /// The cached translation of `iova` if it is where most are: of the size that the last lookup had, in its first home. It is counted by
     /// [`Iotlb::count_hit`], when it is used.
     #[inline(always)]
     pub fn probe(&self, iova: Iova) -> Option<Hit<V>> {
@@ -137,18 +137,7 @@ impl<V: Copy + Default> Iotlb<V> {
         let block = iova.get() >> lg2;
         let first = self.home(0, block, lg2);
         let places = &self.homes[first].0;
-        match among(places, key(block, lg2)) {
-            Some(place) => Some(Hit::of(&places[place], (first, place))),
-            None if places[0].tag & SPILLED == 0 => None,
-            None => self.probe_second(block, lg2),
-        }
-    }
-
-    #[inline(never)]
-    fn probe_second(&self, block: u64, lg2: u8) -> Option<Hit<V>> {
-        let second = self.home(1, block, lg2);
-        let places = &self.homes[second].0;
-        among(places, key(block, lg2)).map(|place| Hit::of(&places[place], (second, place)))
+        among(places, key(block, lg2)).map(|place| Hit::of(&places[place], (first, place)))
     }
 
     /// What a [`Iotlb::probe`] found is used, as if a [`Iotlb::lookup`] had found it.
@@ -160,15 +149,16 @@ impl<V: Copy + Default> Iotlb<V> {
     #[cold]
     #[inline(never)]
     fn lookup_other(&mut self, iova: Iova) -> Option<Hit<V>> {
-        let mut sizes = self.sizes & !(1 << self.recent);
+        let mut sizes = self.sizes;
         while sizes != 0 {
-            let lg2 = sizes.trailing_zeros() as u8;
+            // The size of the last hit first.
+            let lg2 = if sizes >> self.recent & 1 != 0 { self.recent } else { sizes.trailing_zeros() as u8 };
             if let Some(at) = self.find(iova.get(), lg2) {
                 self.recent = lg2;
                 self.stats.hits += 1;
                 return Some(Hit::of(&self.homes[at.0].0[at.1], at));
             }
-            sizes &= sizes - 1;
+            sizes &= !(1 << lg2);
         }
         self.stats.misses += 1;
         None
