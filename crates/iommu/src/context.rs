@@ -3,7 +3,7 @@
 //! All of it but [`Context::probe`] runs inside a guard; [`crate::Dma`] opens and closes it.
 
 use crate::device::Followed;
-use crate::{Access, Device, Domain, Fault, FaultKind};
+use crate::{Access, Device, Domain, Fault, FaultKind, SystemRmp};
 use addr::{Address, Gpa, Iova, Oa, Span};
 use backing::{HostAddr, Owner, Windows};
 use iotlb::{Hit, Identity, Iotlb, View};
@@ -95,6 +95,7 @@ pub(crate) struct Counters {
 
 pub(crate) struct Context {
     view: View<Followed, Target>,
+    rmp: Arc<SystemRmp>,
     pub(crate) counters: Counters,
     /// A walk's result that the planted fault `iommu.late_fill` keeps for the next guard.
     late: Option<Leaf>,
@@ -103,7 +104,7 @@ pub(crate) struct Context {
 impl Context {
     pub(crate) fn new(device: &Arc<Device>) -> Self {
         let view = View::new(Followed(Arc::clone(device)), device.iommu().iotlb_entries());
-        Self { view, counters: Counters::default(), late: None }
+        Self { view, rmp: Arc::clone(device.iommu().rmp()), counters: Counters::default(), late: None }
     }
 
     #[inline]
@@ -150,9 +151,14 @@ impl Context {
     pub(crate) fn confirm(&mut self, hit: &Hit<Target>, access: Access) -> bool {
         let good = self.allows_as_it_is(hit, access);
         if good {
-            self.view.iotlb_mut().count_hit();
+            self.count_hit();
         }
         good
+    }
+
+    #[inline(always)]
+    pub(crate) fn count_hit(&mut self) {
+        self.view.iotlb_mut().count_hit();
     }
 
     #[inline(always)]
@@ -237,7 +243,7 @@ impl Context {
     fn ask(&self, who: Requester, hit: &Hit<Target>, access: Access) -> Result<(), Refusal> {
         let leaf = Span::block(hit.value.oa, hit.size.0);
         let address = Gpa::new(hit.start.get().wrapping_add(self.view.identity().gpa_offset));
-        self.device().iommu().rmp().check_device(who, leaf, address, access.into())
+        self.rmp.check_device(who, leaf, address, access.into())
     }
 
     #[inline(always)]
@@ -254,14 +260,14 @@ impl Context {
         loop {
             self.counters.rechecks += 1;
             attempt += 1;
-            let before = self.device().iommu().rmp().smash_seq(oa);
+            let before = self.rmp.smash_seq(oa);
             let leaf = self.walk(iova)?;
             self.view.iotlb_mut().invalidate(leaf.span());
             let hit = self.fill(leaf);
             match self.check(&hit, iova, access) {
                 Err(refused) if refused.is_size_mismatch() => {
                     // A reader does not wait: when splits follow each other that closely, it is refused in the end (I-15).
-                    if self.device().iommu().rmp().smash_seq(oa) == before || attempt == RECHECKS {
+                    if self.rmp.smash_seq(oa) == before || attempt == RECHECKS {
                         return Err(refused);
                     }
                     oa = leaf.oa;

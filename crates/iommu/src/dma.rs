@@ -39,6 +39,26 @@ impl Translation {
 pub(crate) struct Open {
     /// Bytes that may still be copied under it; 0 when there is none.
     left: u64,
+    /// A leaf that was translated and checked under it.
+    leaf: Option<Leaf>,
+}
+
+/// A whole leaf that may be accessed, and is in host memory, for as long as the guard is open under which this was found.
+#[derive(Clone, Copy, Debug)]
+struct Leaf {
+    start: Iova,
+    last_offset: u64,
+    host: HostAddr,
+    access: Access,
+}
+
+impl Leaf {
+    /// Where `len` bytes from `iova` on are, if they are inside.
+    #[inline(always)]
+    fn host(&self, iova: Iova, len: u64) -> Option<HostAddr> {
+        let into = iova.get().wrapping_sub(self.start.get());
+        (into <= self.last_offset && len - 1 <= self.last_offset - into).then(|| self.host.plus(into))
+    }
 }
 
 /// How a context fared.
@@ -109,7 +129,7 @@ impl Dma {
     /// # Errors
     /// [`Fault`]; `done` bytes of `into` have been filled.
     pub fn read(&mut self, iova: Iova, into: &mut [u8]) -> Result<(), Fault> {
-        self.alone(|dma, open| dma.read_in(iova, into, open))
+        self.transfer(iova, into.len() as u64, Access::Read, Into(into))
     }
 
     /// Writes memory, from `iova` on.
@@ -117,39 +137,64 @@ impl Dma {
     /// # Errors
     /// [`Fault`]; `done` bytes have been written.
     pub fn write(&mut self, iova: Iova, from: &[u8]) -> Result<(), Fault> {
-        self.alone(|dma, open| dma.write_in(iova, from, open))
+        self.transfer(iova, from.len() as u64, Access::Write, From(from))
     }
 
+    /// A descriptor that shares its guard with nobody.
     #[inline(always)]
-    fn transfer(&mut self, iova: Iova, len: u64, access: Access, buffer: &mut impl Buffer, open: &mut Open) -> Result<(), Fault> {
-        if len.wrapping_sub(1) < CHUNK_BYTES && self.transfer_quickly(iova, len, access, buffer, open) {
-            return Ok(());
-        }
-        self.transfer_in_full(iova, len, access, buffer, open)
+    fn transfer(&mut self, iova: Iova, len: u64, access: Access, mut buffer: impl Buffer) -> Result<(), Fault> {
+        let mut open = Open::default();
+        let done = self.transfer_quickly(iova, len, access, &mut buffer, &mut open);
+        let result = if done { Ok(()) } else { self.transfer_in_full(iova, len, access, &mut buffer, &mut open) };
+        self.close(&mut open);
+        result
     }
 
     /// What most descriptors are: inside one leaf that is cached, in host memory, with nothing to be noted. False when it is not so, or some
     /// of the memory is not there; then nothing, or some of it, was copied.
     #[inline(always)]
-    fn transfer_quickly(&mut self, iova: Iova, len: u64, access: Access, buffer: &mut impl Buffer, open: &mut Open) -> bool {
-        let Some(hit) = self.context.probe(iova, access) else { return false };
-        let into = iova.offset_from(hit.start);
-        let Some(host) = hit.value.host.filter(|_| len - 1 <= hit.size.bytes() - 1 - into) else { return false };
-        // With the cache asked before the guard is entered, the answer need not wait for the stores that the entry waits for.
-        if !self.open_unchanged(open, len) {
+    pub(crate) fn transfer_quickly(&mut self, iova: Iova, len: u64, access: Access, buffer: &mut impl Buffer, open: &mut Open) -> bool {
+        if len.wrapping_sub(1) >= CHUNK_BYTES {
             return false;
         }
-        if !self.context.confirm(&hit, access) {
-            return false;
-        }
+        let Some(host) = self.host_at_once(iova, len, access, open) else { return false };
         linger();
-        let copied = buffer.near(host.plus(into), 0, len as usize);
+        let copied = buffer.near(host, 0, len as usize);
         self.charge(open, len);
         copied.is_ok()
     }
 
+    /// Host memory of `len` bytes, translated and checked under a guard that is open when this answers anything. What was found for the descriptor
+    /// before, under the same guard, is good for this one: a guard covers no more than one long descriptor would.
+    #[inline(always)]
+    fn host_at_once(&mut self, iova: Iova, len: u64, access: Access, open: &mut Open) -> Option<HostAddr> {
+        if open.left >= len
+            && let Some(leaf) = open.leaf.filter(|leaf| leaf.access == access)
+            && let Some(host) = leaf.host(iova, len)
+        {
+            self.context.count_hit();
+            return Some(host);
+        }
+        let hit = self.context.probe(iova, access)?;
+        let leaf = Leaf { start: hit.start, last_offset: hit.size.bytes() - 1, host: hit.value.host?, access };
+        let host = leaf.host(iova, len)?;
+        // With the cache asked before the guard is entered, the answer need not wait for the stores that the entry waits for.
+        if !self.open_unchanged(open, len) || !self.context.confirm(&hit, access) {
+            return None;
+        }
+        open.leaf = Some(leaf);
+        Some(host)
+    }
+
     #[inline(never)]
-    fn transfer_in_full(&mut self, iova: Iova, len: u64, access: Access, buffer: &mut impl Buffer, open: &mut Open) -> Result<(), Fault> {
+    pub(crate) fn transfer_in_full(
+        &mut self,
+        iova: Iova,
+        len: u64,
+        access: Access,
+        buffer: &mut impl Buffer,
+        open: &mut Open,
+    ) -> Result<(), Fault> {
         self.check_length(iova, len, access)?;
         self.chunks(len, (iova, access), open, |context, done, limit| {
             let at = iova.plus(done);
@@ -172,31 +217,15 @@ impl Dma {
         })
     }
 
-    /// A descriptor that shares its guard with nobody.
-    #[inline(always)]
-    fn alone(&mut self, descriptor: impl FnOnce(&mut Self, &mut Open) -> Result<(), Fault>) -> Result<(), Fault> {
-        let mut open = Open::default();
-        let result = descriptor(self, &mut open);
-        self.close(&mut open);
-        result
-    }
-
-    #[inline(always)]
-    pub(crate) fn read_in(&mut self, iova: Iova, into: &mut [u8], open: &mut Open) -> Result<(), Fault> {
-        self.transfer(iova, into.len() as u64, Access::Read, &mut Into(into), open)
-    }
-
-    #[inline(always)]
-    pub(crate) fn write_in(&mut self, iova: Iova, from: &[u8], open: &mut Open) -> Result<(), Fault> {
-        self.transfer(iova, from.len() as u64, Access::Write, &mut From(from), open)
-    }
-
     /// Copies `len` bytes from one IOVA to another, as a DMA engine does. Where the two overlap, what arrives is unspecified.
     ///
     /// # Errors
     /// [`Fault`], whose access says which side was refused; `done` bytes have been copied.
     pub fn copy(&mut self, src: Iova, dst: Iova, len: u64) -> Result<(), Fault> {
-        self.alone(|dma, open| dma.copy_in(src, dst, len, open))
+        let mut open = Open::default();
+        let result = self.copy_in(src, dst, len, &mut open);
+        self.close(&mut open);
+        result
     }
 
     pub(crate) fn copy_in(&mut self, src: Iova, dst: Iova, len: u64, open: &mut Open) -> Result<(), Fault> {
@@ -334,6 +363,7 @@ impl Dma {
     fn charge(&mut self, open: &mut Open, bytes: u64) {
         open.left = open.left.saturating_sub(bytes.max(LEAST_CHARGE_BYTES));
         if open.left == 0 {
+            open.leaf = None;
             self.slot.leave();
         }
     }
@@ -342,7 +372,7 @@ impl Dma {
     #[inline(always)]
     pub(crate) fn close(&mut self, open: &mut Open) {
         if open.left != 0 {
-            open.left = 0;
+            *open = Open::default();
             self.slot.leave();
         }
     }

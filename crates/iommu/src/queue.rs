@@ -5,6 +5,7 @@
 //! copied under it, so a writer waits no longer than for one long descriptor (D-2).
 
 use crate::dma::{Dma, Open};
+use crate::far::{From, Into};
 use crate::{Access, Fault};
 use addr::Iova;
 
@@ -81,19 +82,38 @@ impl Dma {
     pub fn run(&mut self, queue: &mut [Descriptor<'_>], on_fault: OnFault) -> usize {
         let mut open = Open::default();
         let mut run = 0;
-        for descriptor in queue {
+        for Descriptor { transfer, result } in queue {
             run += 1;
-            let result = match &mut descriptor.transfer {
-                Transfer::Read(iova, into) => self.read_in(*iova, into, &mut open),
-                Transfer::Write(iova, from) => self.write_in(*iova, from, &mut open),
-                Transfer::Copy(src, dst, len) => self.copy_in(*src, *dst, *len, &mut open),
-            };
-            descriptor.result = Some(result);
-            if on_fault == OnFault::Stop && result.is_err() {
+            // Noted here when it is what most are, so that a whole fault is written only when there is one.
+            if self.transfer_at_once(transfer, &mut open) {
+                *result = Some(Ok(()));
+                continue;
+            }
+            let ended = self.transfer_any(transfer, &mut open);
+            *result = Some(ended);
+            if ended.is_err() && on_fault == OnFault::Stop {
                 break;
             }
         }
         self.close(&mut open);
         run
+    }
+
+    #[inline(always)]
+    fn transfer_at_once(&mut self, transfer: &mut Transfer<'_>, open: &mut Open) -> bool {
+        match transfer {
+            Transfer::Read(iova, into) => self.transfer_quickly(*iova, into.len() as u64, Access::Read, &mut Into(into), open),
+            Transfer::Write(iova, from) => self.transfer_quickly(*iova, from.len() as u64, Access::Write, &mut From(from), open),
+            Transfer::Copy(..) => false,
+        }
+    }
+
+    #[inline(never)]
+    fn transfer_any(&mut self, transfer: &mut Transfer<'_>, open: &mut Open) -> Result<(), Fault> {
+        match transfer {
+            Transfer::Read(iova, into) => self.transfer_in_full(*iova, into.len() as u64, Access::Read, &mut Into(into), open),
+            Transfer::Write(iova, from) => self.transfer_in_full(*iova, from.len() as u64, Access::Write, &mut From(from), open),
+            Transfer::Copy(src, dst, len) => self.copy_in(*src, *dst, *len, open),
+        }
     }
 }
