@@ -73,7 +73,7 @@ impl Log {
             fence(Ordering::Release);
             slot.start.store(span.start().get(), Ordering::Relaxed);
             slot.last.store(span.last().get(), Ordering::Relaxed);
-            slot.number.store(head, Ordering::Release);
+            slot.number.store(head, Ordering::Relaxed);
         }
         self.head.store(head, Ordering::Release);
         head - before
@@ -93,13 +93,14 @@ impl Log {
         }
     }
 
+    /// `number` is at most a head that was read before, so what is read here is that span or one that took its slot since. In that case the number
+    /// is gone, and went first.
     fn read(&self, number: u64) -> Option<Span<Iova>> {
         let slot = &self.slots[((number - 1) % SLOTS) as usize];
-        let before = slot.number.load(Ordering::Acquire);
         let (start, last) = (slot.start.load(Ordering::Relaxed), slot.last.load(Ordering::Relaxed));
         fence(Ordering::Acquire);
-        let after = slot.number.load(Ordering::Relaxed);
-        (before == number && after == number).then(|| Span::new(Iova::new(start), Iova::new(last))).flatten()
+        let still = slot.number.load(Ordering::Relaxed) == number;
+        still.then(|| Span::new(Iova::new(start), Iova::new(last))).flatten()
     }
 }
 
