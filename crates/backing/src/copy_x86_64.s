@@ -1,6 +1,6 @@
     // A copy that a signal handler can abandon at any instruction.
     //
-    // in:  rdi to, rsi from, rdx bytes, ecx mode (bit 0: AVX, bit 1: fast `rep movsb`, bit 7: tell where this text ends)
+    // in:  rdi to, rsi from, rdx bytes, ecx mode (bit 0: AVX, bit 1: fast `rep movsb`, bit 2: AVX-512, bit 7: tell where this text ends)
     // out: rax bytes that were not copied; 0 is success
     //
     // Everywhere between here and label 99, rcx is what a fault reports as not copied, and r8d is the mode: the fixup reads both.
@@ -90,7 +90,8 @@
 50: // 129 and more
     test r8d, 2
     jz 52f
-    cmp rdx, 4096
+    // Shorter copies are over before `rep movsb` has got going: on Zen 5 4 KiB take 38 ns with it and 29 without.
+    cmp rdx, 8192
     jb 52f
     // Zen 4 takes 30 times as long when the destination lies 1 to 31 bytes behind the source, modulo 4 KiB.
     lea eax, [rdi - 1]
@@ -100,8 +101,43 @@
     jae 80f
 52:
     lea r9, [rdi + rdx]
+    test r8d, 4
+    jnz 54f
     test r8d, 1
     jz 70f
+    jmp 58f
+
+54: // AVX-512: 64 bytes, the last 128 taken, then blocks of 128 that begin on a line of the destination, then those last over the end.
+    // Larger blocks are no faster in a cache, and a third slower in memory. Registers from 16 on need no vzeroupper.
+    vmovdqu64 zmm16, zmmword ptr [rsi]
+    vmovdqu64 zmm20, zmmword ptr [rsi + rdx - 128]
+    vmovdqu64 zmm21, zmmword ptr [rsi + rdx - 64]
+    vmovdqu64 zmmword ptr [rdi], zmm16
+    mov eax, edi
+    or rax, -64
+    // 64 to 1 bytes further, as a negative number.
+    add rcx, rax
+    sub rsi, rax
+    sub rdi, rax
+    cmp rcx, 128
+    jbe 57f
+    .balign 32
+56:
+    vmovdqu64 zmm16, zmmword ptr [rsi]
+    vmovdqu64 zmm17, zmmword ptr [rsi + 64]
+    vmovdqu64 zmmword ptr [rdi], zmm16
+    vmovdqu64 zmmword ptr [rdi + 64], zmm17
+    add rsi, 128
+    add rdi, 128
+    sub rcx, 128
+    cmp rcx, 128
+    ja 56b
+57:
+    vmovdqu64 zmmword ptr [r9 - 128], zmm20
+    vmovdqu64 zmmword ptr [r9 - 64], zmm21
+    xor eax, eax
+    ret
+58:
 
     // AVX: the last 128 bytes are taken first, then whole blocks of 128 from the start, then those last bytes are put over the end.
     vmovdqu ymm4, ymmword ptr [rsi + rdx - 128]
@@ -158,7 +194,7 @@
     xor eax, eax
     ret
 
-80: // 4096 and more with fast `rep movsb`: 64 bytes by hand, so that the rest begins on a line of the destination
+80: // 8192 and more with fast `rep movsb`: 64 bytes by hand, so that the rest begins on a line of the destination
     movups xmm0, xmmword ptr [rsi]
     movups xmm1, xmmword ptr [rsi + 16]
     movups xmm2, xmmword ptr [rsi + 32]

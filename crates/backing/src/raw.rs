@@ -403,6 +403,7 @@ fn last_errno() -> Errno {
 #[cfg(target_arch = "x86_64")]
 mod machine {
     use super::{AtomicU8, AtomicUsize, Ordering};
+    use std::arch::is_x86_feature_detected;
 
     /// What this processor has, in the bits that `copy_x86_64.s` knows.
     static MODE: AtomicU8 = AtomicU8::new(0);
@@ -410,20 +411,37 @@ mod machine {
     static COPY_END: AtomicUsize = AtomicUsize::new(0);
     const AVX: u8 = 1;
     const FAST_REP: u8 = 2;
+    const AVX512: u8 = 4;
     const TELL_END: u32 = 128;
 
     pub(super) fn prepare() {
         // SAFETY: a length of 0 touches no memory.
         COPY_END.store(unsafe { copy_text(0, 0, 0, TELL_END) }, Ordering::Relaxed);
-        let avx = if std::arch::is_x86_feature_detected!("avx") { AVX } else { 0 };
-        let rep = if std::arch::is_x86_feature_detected!("ermsb") { FAST_REP } else { 0 };
-        MODE.store(avx | rep, Ordering::Relaxed);
+        let avx = if is_x86_feature_detected!("avx") { AVX } else { 0 };
+        let rep = if is_x86_feature_detected!("ermsb") { FAST_REP } else { 0 };
+        // Processors with VBMI2 do not lower their clock for 64-byte registers; the first with AVX-512 did.
+        let avx512 = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vbmi2");
+        MODE.store(avx | rep | if avx512 { AVX512 } else { 0 }, Ordering::Relaxed);
     }
 
     #[inline]
     pub(super) unsafe fn copy(to: usize, from: usize, len: usize) -> usize {
         // SAFETY: passed on to the caller.
         unsafe { copy_text(to, from, len, u32::from(MODE.load(Ordering::Relaxed))) }
+    }
+
+    /// Every set of what `copy_text` may use that this processor has.
+    #[cfg(test)]
+    pub(super) fn modes() -> impl Iterator<Item = u8> {
+        prepare();
+        let all = MODE.load(Ordering::Relaxed);
+        (0..=all).filter(move |mode| mode & !all == 0)
+    }
+
+    #[cfg(test)]
+    pub(super) unsafe fn copy_in_mode(to: usize, from: usize, len: usize, mode: u8) -> usize {
+        // SAFETY: passed on to the caller.
+        unsafe { copy_text(to, from, len, u32::from(mode)) }
     }
 
     #[inline]
@@ -630,6 +648,30 @@ fn pass_on(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::
                 } else {
                     let handler: extern "C" fn(libc::c_int) = std::mem::transmute(handler);
                     handler(signal);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use super::machine;
+
+    /// A processor takes one way through a length; here each takes all that it has.
+    #[test]
+    fn every_way_copies_alike() {
+        let source: Vec<u8> = (0..20_000).map(|at| (at * 31 + at / 255) as u8).collect();
+        for mode in machine::modes() {
+            for len in (0..600).chain([1000, 4095, 4096, 4097, 8191, 8192, 8193, 12_345]) {
+                for (from, to) in [(0, 0), (1, 0), (0, 1), (63, 5), (7, 63), (64, 32)] {
+                    let mut target = vec![0xaa; len + 200];
+                    let (a, b) = (source[from..].as_ptr().expose_provenance(), target[to..].as_mut_ptr().expose_provenance());
+                    // SAFETY: both ranges are inside their vectors.
+                    let left = unsafe { machine::copy_in_mode(b, a, len, mode) };
+                    assert_eq!(left, 0, "mode {mode}, {len} bytes");
+                    assert!(target[to..to + len] == source[from..from + len], "mode {mode}, {len} bytes from {from} to {to}");
+                    assert!(target[..to].iter().chain(&target[to + len..]).all(|&byte| byte == 0xaa), "mode {mode}, {len} bytes: too many");
                 }
             }
         }

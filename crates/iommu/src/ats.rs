@@ -21,9 +21,9 @@ pub use dma::AtsDma;
 pub(crate) use members::Members;
 
 use crate::Device;
-use crate::log::{Log, Missed};
 use addr::{Iova, Span};
 use cache::Cache;
+use iotlb::{Log, Missed};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError, Weak};
 use std::time::{Duration, Instant};

@@ -1,18 +1,17 @@
-//! What one context knows: its copy of the device's state, its IOTLB, and how an address becomes a checked place in host memory.
+//! What one context knows: its view of the device's domain, and how an address becomes a checked place in host memory.
 //!
-//! Everything here runs inside a guard; [`crate::Dma`] opens and closes it.
+//! All of it but [`Context::probe`] runs inside a guard; [`crate::Dma`] opens and closes it.
 
-use crate::device::Identity;
-use crate::iotlb::{Hit, Iotlb};
-use crate::log::Missed;
-use crate::{Access, Device, Domain, Fault, FaultKind};
+use crate::device::Followed;
+use crate::{Access, Device, Domain, Fault, FaultKind, SystemRmp};
 use addr::{Address, Gpa, Iova, Lg2, Oa, Span};
 use backing::{HostAddr, Owner, Windows};
+use iotlb::{Hit, Identity, Iotlb, View};
 use pt::{Leaf, Perm};
 use secure::{Refusal, Requester};
 use std::sync::Arc;
 use std::time::Duration;
-use sync::fail;
+use sync::{Slot, fail};
 
 /// Where a leaf leads.
 #[derive(Clone, Copy, Debug, Default)]
@@ -20,7 +19,7 @@ pub(crate) struct Target {
     /// Output address of the leaf's first byte.
     oa: Oa,
     /// Where the host has the whole leaf, when it has it in one piece.
-    host: Option<HostAddr>,
+    pub(crate) host: Option<HostAddr>,
 }
 
 /// A translated and checked address.
@@ -39,7 +38,7 @@ pub(crate) struct Place {
 
 impl Place {
     #[inline(always)]
-    fn of(hit: &Hit<Target>, iova: Iova) -> Self {
+    pub(crate) fn of(hit: &Hit<Target>, iova: Iova) -> Self {
         let into = iova.offset_from(hit.start);
         let leaf = Span::block(hit.start, hit.size.0);
         let host = hit.value.host.map(|host| host.plus(into));
@@ -47,12 +46,9 @@ impl Place {
     }
 
     /// Where to touch `len` bytes, which the caller keeps inside the leaf.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn host(&self, len: u64) -> Option<HostAddr> {
-        match self.host {
-            Some(host) => Some(host),
-            None => Windows::find(self.oa)?.host(self.oa, len),
-        }
+        self.host.or_else(|| host_in_window(self.oa, len))
     }
 
     /// Who copies `len` bytes that this process sees nowhere, and where they begin in the owner's pages. The caller keeps them inside the leaf.
@@ -61,6 +57,11 @@ impl Place {
         let backing = Windows::find(self.oa)?;
         Some((Arc::clone(backing.owner()?), backing.offset_of(self.oa, len)?))
     }
+}
+
+#[cold]
+fn host_in_window(oa: Oa, len: u64) -> Option<HostAddr> {
+    Windows::find(oa)?.host(oa, len)
 }
 
 /// Why an address has no place.
@@ -97,11 +98,8 @@ pub(crate) struct Counters {
 }
 
 pub(crate) struct Context {
-    pub(crate) device: Arc<Device>,
-    identity: Identity,
-    iotlb: Iotlb<Target>,
-    /// How far the domain's log has been applied.
-    seen: u64,
+    view: View<Followed, Target>,
+    rmp: Arc<SystemRmp>,
     pub(crate) counters: Counters,
     /// A walk's result that the planted fault `iommu.late_fill` keeps for the next guard.
     late: Option<Leaf>,
@@ -109,69 +107,76 @@ pub(crate) struct Context {
 
 impl Context {
     pub(crate) fn new(device: &Arc<Device>) -> Self {
-        let mut context = Self {
-            device: Arc::clone(device),
-            identity: device.identity(),
-            iotlb: Iotlb::new(device.iommu().iotlb_entries()),
-            seen: 0,
-            counters: Counters::default(),
-            late: None,
-        };
-        context.renew();
-        context
+        let view = View::new(Followed(Arc::clone(device)), device.iommu().iotlb_entries());
+        Self { view, rmp: Arc::clone(device.iommu().rmp()), counters: Counters::default(), late: None }
     }
 
-    /// The domain to enter a guard of.
     #[inline]
-    pub(crate) fn domain(&self) -> Option<&Arc<Domain>> {
-        self.identity.domain.as_ref()
+    pub(crate) fn device(&self) -> &Arc<Device> {
+        &self.view.source().0
     }
 
-    /// Whether the copy of the device's state still holds.
     #[inline]
-    pub(crate) fn is_current(&self) -> bool {
-        self.identity.generation == self.device.generation()
+    fn domain(&self) -> Option<&Arc<Domain>> {
+        self.view.identity().domain()
     }
 
-    /// Copies the device's state again and forgets every translation.
-    #[cold]
-    pub(crate) fn renew(&mut self) {
-        self.identity = self.device.identity();
-        self.iotlb.flush();
-        // Taken before the guard is entered: what is logged in between is applied to an empty cache.
-        self.seen = self.domain().map_or(0, |domain| domain.log_head());
-    }
-
-    /// Applies what was logged since the last guard. The guard is open: what is logged from now on waits for it.
+    /// Opens a guard of the device's domain, with everything applied that was logged before.
     #[inline]
-    pub(crate) fn catch_up(&mut self) {
-        let Some(domain) = &self.identity.domain else { return };
-        let head = domain.log_head();
-        if head != self.seen {
-            let iotlb = &mut self.iotlb;
-            domain.catch_up(self.seen, head, |missed| match missed {
-                Missed::Span(span) => iotlb.invalidate(span),
-                Missed::Everything => iotlb.flush(),
-            });
-            self.seen = head;
+    pub(crate) fn enter(&mut self, slot: &mut Slot) -> Result<(), Refused> {
+        if !self.view.enter(slot) {
+            return Err(Refused::by(FaultKind::NotAttached, None));
         }
         if let Some(leaf) = self.late.take() {
             self.fill(leaf);
         }
+        Ok(())
+    }
+
+    /// Opens a guard if nothing changed since the last one, so that what was probed before holds in it. False, and no guard, otherwise.
+    #[inline(always)]
+    pub(crate) fn enter_unchanged(&mut self, slot: &mut Slot) -> bool {
+        self.late.is_none() && self.view.enter_unchanged(slot)
     }
 
     pub(crate) fn iotlb(&self) -> &Iotlb<Target> {
-        &self.iotlb
+        self.view.iotlb()
+    }
+
+    /// What most accesses find: a cached leaf that the page table lets be used so. It holds in the guard that is open, and in the one that
+    /// [`Context::enter_unchanged`] opens next; what [`Context::confirm`] says of it inside that guard is still to be asked.
+    #[inline(always)]
+    pub(crate) fn probe(&self, iova: Iova, access: Access) -> Option<Hit<Target>> {
+        self.view.iotlb().probe(iova).filter(|hit| hit.perm.allows(wanted(access)))
+    }
+
+    /// Whether the secure world lets the whole leaf be used, too, and no dirty bit has to be set. Counts the hit if so.
+    #[inline(always)]
+    pub(crate) fn confirm(&mut self, hit: &Hit<Target>, access: Access) -> bool {
+        let good = self.allows_as_it_is(hit, access);
+        if good {
+            self.count_hit();
+        }
+        good
+    }
+
+    #[inline(always)]
+    pub(crate) fn count_hit(&mut self) {
+        self.view.iotlb_mut().count_hit();
+    }
+
+    #[inline(always)]
+    fn allows_as_it_is(&self, hit: &Hit<Target>, access: Access) -> bool {
+        self.secure_allows(hit, access) && (access == Access::Read || hit.dirty || !self.tracks_dirty())
     }
 
     /// Translates `iova` and has the whole leaf checked, on a hit as on a miss.
     #[inline(always)]
     pub(crate) fn resolve(&mut self, iova: Iova, access: Access) -> Result<Place, Refused> {
-        let hit = self.iotlb.lookup(iova);
+        let hit = self.view.iotlb_mut().lookup(iova);
         if let Some(hit) = &hit
             && hit.perm.allows(wanted(access))
-            && self.secure_allows(hit, access)
-            && (access == Access::Read || hit.dirty || !self.tracks_dirty())
+            && self.allows_as_it_is(hit, access)
         {
             return Ok(Place::of(hit, iova));
         }
@@ -211,9 +216,9 @@ impl Context {
     /// The leaf that answers for `iova`, or of a leaf above [`LARGEST`] that much around it.
     fn walk(&mut self, iova: Iova) -> Result<Leaf, Refused> {
         self.counters.walks += 1;
-        let domain = self.identity.domain.as_ref().ok_or(Refused::by(FaultKind::NotAttached, None))?;
+        let domain = self.domain().ok_or(Refused::by(FaultKind::NotAttached, None))?;
         let leaf = domain.table().walk(iova).ok_or(Refused::by(FaultKind::NotMapped, None))?;
-        if self.device.iommu().rmp().checks_pages() {
+        if self.rmp.checks_pages() {
             return Ok(page_of(leaf, iova));
         }
         if leaf.size <= LARGEST {
@@ -225,7 +230,8 @@ impl Context {
 
     fn fill(&mut self, leaf: Leaf) -> Hit<Target> {
         // What the device may not do at all is not cached as allowed, so a hit need not ask again.
-        self.iotlb.fill(leaf.iova, leaf.size, leaf.perm.and(self.identity.rights), target(&leaf))
+        let perm = leaf.perm.and(self.view.identity().rights);
+        self.view.iotlb_mut().fill(leaf.iova, leaf.size, perm, target(&leaf))
     }
 
     /// The page table's permissions, and the secure world's answer for the whole leaf: hardware checks what the walk returned, not the
@@ -233,17 +239,17 @@ impl Context {
     fn check(&self, hit: &Hit<Target>, iova: Iova, access: Access) -> Result<(), Refused> {
         let oa = Some(hit.value.oa.plus(iova.offset_from(hit.start)));
         if !hit.perm.allows(wanted(access)) {
-            let kind = if self.identity.rights.allows(wanted(access)) { FaultKind::NoPermission } else { FaultKind::NoRight };
+            let kind = if self.view.identity().rights.allows(wanted(access)) { FaultKind::NoPermission } else { FaultKind::NoRight };
             return Err(Refused::by(kind, oa));
         }
-        let who = self.identity.requester.map_err(|kind| Refused::by(kind, oa))?;
+        let who = self.view.identity().requester.map_err(|kind| Refused::by(kind, oa))?;
         let answer = self.ask(who, hit, access);
         answer.map_err(|refusal| Refused { kind: FaultKind::Secure, oa, refusal: Some(refusal) })
     }
 
     #[inline(always)]
     fn secure_allows(&self, hit: &Hit<Target>, access: Access) -> bool {
-        match self.identity.requester {
+        match self.view.identity().requester {
             Ok(who) => self.ask(who, hit, access).is_ok(),
             Err(_) => false,
         }
@@ -252,8 +258,8 @@ impl Context {
     #[inline(always)]
     fn ask(&self, who: Requester, hit: &Hit<Target>, access: Access) -> Result<(), Refusal> {
         let leaf = Span::block(hit.value.oa, hit.size.0);
-        let address = Gpa::new(hit.start.get().wrapping_add(self.identity.gpa_offset));
-        self.device.iommu().rmp().check_device(who, leaf, address, access.into())
+        let address = Gpa::new(hit.start.get().wrapping_add(self.view.identity().gpa_offset));
+        self.rmp.check_device(who, leaf, address, access.into())
     }
 
     #[inline(always)]
@@ -270,14 +276,14 @@ impl Context {
         loop {
             self.counters.rechecks += 1;
             attempt += 1;
-            let before = self.device.iommu().rmp().smash_seq(oa);
+            let before = self.rmp.smash_seq(oa);
             let leaf = self.walk(iova)?;
-            self.iotlb.invalidate(leaf.span());
+            self.view.iotlb_mut().invalidate(leaf.span());
             let hit = self.fill(leaf);
             match self.check(&hit, iova, access) {
                 Err(refused) if refused.is_size_mismatch() => {
                     // A reader does not wait: when splits follow each other that closely, it is refused in the end (I-15).
-                    if self.device.iommu().rmp().smash_seq(oa) == before || attempt == RECHECKS {
+                    if self.rmp.smash_seq(oa) == before || attempt == RECHECKS {
                         return Err(refused);
                     }
                     oa = leaf.oa;
@@ -289,9 +295,9 @@ impl Context {
 
     /// Once per cached entry: whoever clears the bit in the table has the entry invalidated.
     fn mark_dirty(&mut self, iova: Iova, hit: &Hit<Target>) {
-        if let Some(domain) = self.identity.domain.as_ref().filter(|domain| domain.tracks_dirty()) {
+        if let Some(domain) = self.domain().filter(|domain| domain.tracks_dirty()) {
             domain.table().mark_dirty(iova);
-            self.iotlb.set_dirty(hit);
+            self.view.iotlb_mut().set_dirty(hit);
         }
     }
 
@@ -301,8 +307,8 @@ impl Context {
         self.counters.faults += 1;
         let Refused { kind, oa, refusal } = refused;
         let domain = self.domain().map(|domain| domain.id());
-        let fault = Fault { device: self.device.id(), domain, iova, access, table: kind.refused_by(), reason: kind, oa, done, refusal };
-        self.device.record(fault);
+        let fault = Fault { device: self.device().id(), domain, iova, access, table: kind.refused_by(), reason: kind, oa, done, refusal };
+        self.device().record(fault);
         fault
     }
 }

@@ -7,6 +7,7 @@ use crate::ats::{Counters, Port};
 use crate::tdisp::Interface;
 use crate::{Access, AtsStats, Domain, Error, Fault, FaultKind, Iommu, KindCounters, Tdisp};
 use addr::{Gpa, Iova, Span};
+use iotlb::Source;
 use pt::Perm;
 use secure::{Requester, Vmpl};
 use std::fmt;
@@ -358,6 +359,36 @@ impl Device {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a context's view follows.
+pub(crate) struct Followed(pub(crate) Arc<Device>);
+
+impl Source for Followed {
+    type Identity = Identity;
+
+    #[inline]
+    fn generation(&self) -> u64 {
+        self.0.generation()
+    }
+
+    fn identity(&self) -> Identity {
+        self.0.identity()
+    }
+}
+
+impl iotlb::Identity for Identity {
+    type Domain = Domain;
+
+    #[inline]
+    fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    #[inline]
+    fn domain(&self) -> Option<&Arc<Domain>> {
+        self.domain.as_ref()
     }
 }
 

@@ -13,6 +13,8 @@ use sync::{Slot, fail};
 
 /// What is transferred under one guard at most, so that no writer waits longer than such a copy takes.
 pub const CHUNK_BYTES: u64 = 64 << 10;
+/// What a descriptor counts for at least: one that copies nothing may still have to walk.
+const LEAST_CHARGE_BYTES: u64 = 4 << 10;
 
 /// A translation as it was when it was asked for; it may be gone by now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +25,40 @@ pub struct Translation {
     pub leaf: Span<Iova>,
     /// What the leaf allows.
     pub perm: Perm,
+}
+
+impl Translation {
+    #[inline(always)]
+    fn of(place: &Place) -> Self {
+        Self { oa: place.oa, leaf: place.leaf, perm: place.perm }
+    }
+}
+
+/// The guard that is open.
+#[derive(Debug, Default)]
+pub(crate) struct Open {
+    /// Bytes that may still be copied under it; 0 when there is none.
+    left: u64,
+    /// A leaf that was translated and checked under it.
+    leaf: Option<Leaf>,
+}
+
+/// A whole leaf that may be accessed, and is in host memory, for as long as the guard is open under which this was found.
+#[derive(Clone, Copy, Debug)]
+struct Leaf {
+    start: Iova,
+    last_offset: u64,
+    host: HostAddr,
+    access: Access,
+}
+
+impl Leaf {
+    /// Where `len` bytes from `iova` on are, if they are inside.
+    #[inline(always)]
+    fn host(&self, iova: Iova, len: u64) -> Option<HostAddr> {
+        let into = iova.get().wrapping_sub(self.start.get());
+        (into <= self.last_offset && len - 1 <= self.last_offset - into).then(|| self.host.plus(into))
+    }
 }
 
 /// How a context fared.
@@ -85,7 +121,7 @@ impl Dma {
 
     /// The device it acts for.
     pub fn device(&self) -> &Arc<Device> {
-        &self.context.device
+        self.context.device()
     }
 
     /// Reads memory, from `iova` on.
@@ -104,15 +140,68 @@ impl Dma {
         self.transfer(iova, from.len() as u64, Access::Write, From(from))
     }
 
-    #[inline]
+    /// A descriptor that shares its guard with nobody.
+    #[inline(always)]
     fn transfer(&mut self, iova: Iova, len: u64, access: Access, mut buffer: impl Buffer) -> Result<(), Fault> {
+        let mut open = Open::default();
+        let done = self.transfer_quickly(iova, len, access, &mut buffer, &mut open);
+        let result = if done { Ok(()) } else { self.transfer_in_full(iova, len, access, &mut buffer, &mut open) };
+        self.close(&mut open);
+        result
+    }
+
+    /// What most descriptors are: inside one leaf that is cached, in host memory, with nothing to be noted. False when it is not so, or some
+    /// of the memory is not there; then nothing, or some of it, was copied.
+    #[inline(always)]
+    pub(crate) fn transfer_quickly(&mut self, iova: Iova, len: u64, access: Access, buffer: &mut impl Buffer, open: &mut Open) -> bool {
+        if len.wrapping_sub(1) >= CHUNK_BYTES {
+            return false;
+        }
+        let Some(host) = self.host_at_once(iova, len, access, open) else { return false };
+        linger();
+        let copied = buffer.near(host, 0, len as usize);
+        self.charge(open, len);
+        copied.is_ok()
+    }
+
+    /// Host memory of `len` bytes, translated and checked under a guard that is open when this answers anything. What was found for the descriptor
+    /// before, under the same guard, is good for this one: a guard covers no more than one long descriptor would.
+    #[inline(always)]
+    fn host_at_once(&mut self, iova: Iova, len: u64, access: Access, open: &mut Open) -> Option<HostAddr> {
+        if open.left >= len
+            && let Some(leaf) = open.leaf.filter(|leaf| leaf.access == access)
+            && let Some(host) = leaf.host(iova, len)
+        {
+            self.context.count_hit();
+            return Some(host);
+        }
+        let hit = self.context.probe(iova, access)?;
+        let leaf = Leaf { start: hit.start, last_offset: hit.size.bytes() - 1, host: hit.value.host?, access };
+        let host = leaf.host(iova, len)?;
+        // With the cache asked before the guard is entered, the answer need not wait for the stores that the entry waits for.
+        if !self.open_unchanged(open, len) || !self.context.confirm(&hit, access) {
+            return None;
+        }
+        open.leaf = Some(leaf);
+        Some(host)
+    }
+
+    #[inline(never)]
+    pub(crate) fn transfer_in_full(
+        &mut self,
+        iova: Iova,
+        len: u64,
+        access: Access,
+        buffer: &mut impl Buffer,
+        open: &mut Open,
+    ) -> Result<(), Fault> {
         self.check_length(iova, len, access)?;
-        self.chunks(len, (iova, access), |context, done, limit| {
+        self.chunks(len, (iova, access), open, |context, done, limit| {
             let at = iova.plus(done);
             let place = context.resolve(at, access).map_err(|refused| context.fault(at, access, done, refused))?;
             let now = limit.min(place.rest.saturating_add(1));
             let Some(host) = place.host(now) else {
-                return far::transfer(&place, now, done, &mut buffer).map_err(|(part, kind)| {
+                return far::transfer(&place, now, done, buffer).map_err(|(part, kind)| {
                     let refused = Refused::by(kind, Some(place.oa.plus(part)));
                     context.fault(at.plus(part), access, done + part, refused)
                 });
@@ -133,9 +222,16 @@ impl Dma {
     /// # Errors
     /// [`Fault`], whose access says which side was refused; `done` bytes have been copied.
     pub fn copy(&mut self, src: Iova, dst: Iova, len: u64) -> Result<(), Fault> {
+        let mut open = Open::default();
+        let result = self.copy_in(src, dst, len, &mut open);
+        self.close(&mut open);
+        result
+    }
+
+    pub(crate) fn copy_in(&mut self, src: Iova, dst: Iova, len: u64, open: &mut Open) -> Result<(), Fault> {
         self.check_length(src, len, Access::Read)?;
         self.check_length(dst, len, Access::Write)?;
-        self.chunks(len, (src, Access::Read), |context, done, limit| {
+        self.chunks(len, (src, Access::Read), open, |context, done, limit| {
             let (from, to) = (src.plus(done), dst.plus(done));
             let source = context.resolve(from, Access::Read).map_err(|refused| context.fault(from, Access::Read, done, refused))?;
             let target = context.resolve(to, Access::Write).map_err(|refused| context.fault(to, Access::Write, done, refused))?;
@@ -165,11 +261,25 @@ impl Dma {
     /// # Errors
     /// [`Fault`].
     pub fn translate(&mut self, iova: Iova, access: Access) -> Result<Translation, Fault> {
+        if let Some(hit) = self.context.probe(iova, access)
+            && self.context.enter_unchanged(&mut self.slot)
+        {
+            let good = self.context.confirm(&hit, access);
+            self.slot.leave();
+            if good {
+                return Ok(Translation::of(&Place::of(&hit, iova)));
+            }
+        }
+        self.translate_in_full(iova, access)
+    }
+
+    #[inline(never)]
+    fn translate_in_full(&mut self, iova: Iova, access: Access) -> Result<Translation, Fault> {
         self.enter(iova, access)?;
         let resolved = self.context.resolve(iova, access);
         self.slot.leave();
         match resolved {
-            Ok(place) => Ok(Translation { oa: place.oa, leaf: place.leaf, perm: place.perm }),
+            Ok(place) => Ok(Translation::of(&place)),
             Err(refused) => Err(self.context.fault(iova, access, 0, refused)),
         }
     }
@@ -200,19 +310,24 @@ impl Dma {
         self.context.iotlb().len()
     }
 
-    /// Runs `step` until it has made `len` bytes of progress, under guards of at most [`CHUNK_BYTES`] each. `step` gets how much is done and
-    /// how much it may do, and answers how much it did.
+    /// Runs `step` until it has made `len` bytes of progress, under guards of at most [`CHUNK_BYTES`] each, the first of which may be open
+    /// already. `step` gets how much is done and how much it may do, and answers how much it did.
     #[inline]
     fn chunks(
         &mut self,
         len: u64,
         first: (Iova, Access),
+        open: &mut Open,
         mut step: impl FnMut(&mut Context, u64, u64) -> Result<u64, Fault>,
     ) -> Result<(), Fault> {
         let mut done = 0;
         while done < len {
-            self.enter(first.0.plus(done), first.1).map_err(|fault| Fault { done, ..fault })?;
-            let until = len.min(done.saturating_add(CHUNK_BYTES));
+            if open.left == 0 {
+                self.enter(first.0.plus(done), first.1).map_err(|fault| Fault { done, ..fault })?;
+                open.left = CHUNK_BYTES;
+            }
+            let until = len.min(done.saturating_add(open.left));
+            let before = done;
             let mut chunk = Ok(());
             while done < until {
                 match step(&mut self.context, done, until - done) {
@@ -223,28 +338,48 @@ impl Dma {
                     }
                 }
             }
-            self.slot.leave();
+            self.charge(open, done - before);
             chunk?;
         }
         Ok(())
     }
 
-    /// Opens a guard of the device's domain, with everything applied that was logged before.
+    /// Sees to it that a guard is open under which `len` bytes may be copied, entered with nothing to apply. Otherwise false, and none is.
+    #[inline(always)]
+    fn open_unchanged(&mut self, open: &mut Open, len: u64) -> bool {
+        if open.left >= len {
+            return true;
+        }
+        self.close(open);
+        if !self.context.enter_unchanged(&mut self.slot) {
+            return false;
+        }
+        open.left = CHUNK_BYTES;
+        true
+    }
+
+    /// Notes what was copied under the guard that is open, and leaves it when that is enough.
+    #[inline(always)]
+    fn charge(&mut self, open: &mut Open, bytes: u64) {
+        open.left = open.left.saturating_sub(bytes.max(LEAST_CHARGE_BYTES));
+        if open.left == 0 {
+            open.leaf = None;
+            self.slot.leave();
+        }
+    }
+
+    /// Leaves the guard if it is open.
+    #[inline(always)]
+    pub(crate) fn close(&mut self, open: &mut Open) {
+        if open.left != 0 {
+            *open = Open::default();
+            self.slot.leave();
+        }
+    }
+
     #[inline(always)]
     fn enter(&mut self, iova: Iova, access: Access) -> Result<(), Fault> {
-        loop {
-            if let Some(domain) = self.context.domain() {
-                self.slot.enter(domain.id());
-                if self.context.is_current() {
-                    self.context.catch_up();
-                    return Ok(());
-                }
-                self.slot.leave();
-            } else if self.context.is_current() {
-                return Err(self.context.fault(iova, access, 0, Refused::by(FaultKind::NotAttached, None)));
-            }
-            self.context.renew();
-        }
+        self.context.enter(&mut self.slot).map_err(|refused| self.context.fault(iova, access, 0, refused))
     }
 
     #[inline]
@@ -278,6 +413,6 @@ fn linger() {
 
 impl fmt::Debug for Dma {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Dma").field("device", &self.context.device).field("stats", &self.stats()).finish_non_exhaustive()
+        f.debug_struct("Dma").field("device", self.context.device()).field("stats", &self.stats()).finish_non_exhaustive()
     }
 }

@@ -4,10 +4,10 @@
 //! caller does the first, [`Domain::flush`] the rest.
 
 use crate::ats::{Members, Port};
-use crate::log::{Log, Missed};
 use crate::{DomainConfig, Error, IoArena, IoTable};
 use addr::{Iova, Lg2, Oa, SizeSet, Span};
 use backing::Words;
+use iotlb::{Log, Logged};
 use pt::{FormatKind, Gather, NoTable, Stock};
 use std::fmt;
 use std::sync::Arc;
@@ -206,17 +206,20 @@ impl Domain {
         self.ports.leave(port);
     }
 
-    #[inline]
-    pub(crate) fn log_head(&self) -> u64 {
-        self.log.head()
-    }
-
-    pub(crate) fn catch_up(&self, since: u64, head: u64, forget: impl FnMut(Missed)) {
-        self.log.catch_up(since, head, forget);
-    }
-
     pub(crate) fn belongs_to(&self, readers: &Arc<Readers>) -> bool {
         Arc::ptr_eq(&self.readers, readers)
+    }
+}
+
+impl Logged for Domain {
+    #[inline]
+    fn id(&self) -> u32 {
+        self.id
+    }
+
+    #[inline]
+    fn log(&self) -> &Log {
+        &self.log
     }
 }
 

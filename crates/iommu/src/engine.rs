@@ -19,7 +19,7 @@
 //! Registers are 8 bytes, little endian, and take aligned accesses of 4 and 8 bytes. A command runs in the thread that writes CMD and is over when the write
 //! returns, so BUSY is seen only from another thread.
 
-use crate::{Access, Device, Dma, Error, Fault, FaultKind};
+use crate::{Access, CHUNK_BYTES, Descriptor, Device, Dma, Error, Fault, FaultKind, OnFault};
 use addr::{Address, Iova};
 use std::sync::Arc;
 
@@ -74,8 +74,10 @@ pub mod status {
     pub const FAULTED: u64 = 2;
 }
 
-/// How much of the pattern is laid out at a time.
+/// How much of the pattern is laid out: what a descriptor of a fill writes.
 const FILL_BYTES: usize = 4096;
+/// Descriptors that a fill queues at a time.
+const QUEUE: usize = CHUNK_BYTES as usize / FILL_BYTES;
 
 /// The engine: registers, and a DMA context of its own.
 #[derive(Debug)]
@@ -181,13 +183,23 @@ impl EngineDevice {
     fn fill(&mut self, dst: Iova) -> Result<(), Fault> {
         let mut pattern = [0; FILL_BYTES];
         pattern.chunks_exact_mut(8).for_each(|chunk| chunk.copy_from_slice(&self.value.to_le_bytes()));
+        if dst.checked_add(self.len.saturating_sub(1)).is_none() {
+            return Err(self.refuse(FaultKind::Wraps));
+        }
         let mut done = 0;
         while done < self.len {
-            let now = (self.len - done).min(FILL_BYTES as u64);
-            // The end of the space is the first address that is not there.
-            let Some(at) = dst.checked_add(done) else { return Err(self.refuse(FaultKind::Wraps)) };
-            self.dma.write(at, &pattern[..now as usize]).map_err(|fault| Fault { done: done + fault.done, ..fault })?;
-            done += now;
+            // As many descriptors as share a guard; those behind the end are empty.
+            let end = self.len.min(done + CHUNK_BYTES);
+            let mut queue: [Descriptor<'_>; QUEUE] = std::array::from_fn(|place| {
+                let from = end.min(done + (place * FILL_BYTES) as u64);
+                let now = (end - from).min(FILL_BYTES as u64);
+                Descriptor::write(Iova::new(dst.get().wrapping_add(from)), &pattern[..now as usize])
+            });
+            let run = self.dma.run(&mut queue, OnFault::Stop);
+            if let Some(Err(fault)) = queue[run - 1].result() {
+                return Err(Fault { done: done + ((run - 1) * FILL_BYTES) as u64 + fault.done, ..*fault });
+            }
+            done = end;
         }
         Ok(())
     }

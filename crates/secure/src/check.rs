@@ -90,7 +90,7 @@ impl<W: Deref<Target = [AtomicU64]>> Rmp<W> {
     ///
     /// # Errors
     /// [`Refusal`].
-    #[inline]
+    #[inline(always)]
     pub fn check_device(&self, who: Requester, leaf_oa: Span<Oa>, leaf_addr: Gpa, access: Access) -> Result<(), Refusal> {
         if leaf_oa.last_offset() >> 21 != 0 && self.strict.load(Ordering::Relaxed) {
             return Err(self.refuse(Reason::TooLarge, leaf_oa.start(), Asker::Device));
@@ -98,16 +98,19 @@ impl<W: Deref<Target = [AtomicU64]>> Rmp<W> {
         match who {
             Requester::Untrusted => self.shared(leaf_oa, Asker::Device),
             Requester::Trusted { asid, vmpl, vtom } => {
-                let claim = Claim { asid, vmpl, needs: access.needs(), asker: Asker::Device };
-                let Some(vtom) = vtom else { return self.mirrored(leaf_oa, leaf_addr, claim) };
-                if leaf_addr >= vtom {
-                    self.shared(leaf_oa, Asker::Device)
-                } else if leaf_addr.get().saturating_add(leaf_oa.last_offset()) < vtom.get() {
-                    self.private(self.directory.find(leaf_oa.start()), leaf_oa, leaf_addr, claim)
-                } else {
-                    Err(self.refuse(Reason::StraddlesVtom, leaf_oa.start(), Asker::Device))
-                }
+                self.trusted(leaf_oa, leaf_addr, Claim { asid, vmpl, needs: access.needs(), asker: Asker::Device }, vtom)
             }
+        }
+    }
+
+    fn trusted(&self, leaf_oa: Span<Oa>, leaf_addr: Gpa, claim: Claim, vtom: Option<Gpa>) -> Result<(), Refusal> {
+        let Some(vtom) = vtom else { return self.mirrored(leaf_oa, leaf_addr, claim) };
+        if leaf_addr >= vtom {
+            self.shared(leaf_oa, Asker::Device)
+        } else if leaf_addr.get().saturating_add(leaf_oa.last_offset()) < vtom.get() {
+            self.private(self.directory.find(leaf_oa.start()), leaf_oa, leaf_addr, claim)
+        } else {
+            Err(self.refuse(Reason::StraddlesVtom, leaf_oa.start(), Asker::Device))
         }
     }
 
@@ -138,7 +141,7 @@ impl<W: Deref<Target = [AtomicU64]>> Rmp<W> {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     pub(crate) fn shared(&self, leaf: Span<Oa>, asker: Asker) -> Result<(), Refusal> {
         match self.first_assigned(leaf) {
             None => Ok(()),

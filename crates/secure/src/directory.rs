@@ -98,7 +98,7 @@ struct Slot<W> {
 }
 
 impl<W: Deref<Target = [AtomicU64]>> Slot<W> {
-    #[inline]
+    #[inline(always)]
     fn view(&self) -> Option<Segment<'_>> {
         Some(Segment {
             words: self.words.get()?,
@@ -147,7 +147,7 @@ impl<W: Deref<Target = [AtomicU64]>> Directory<W> {
     }
 
     /// The segment that covers `oa`.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn find(&self, oa: Oa) -> Option<Segment<'_>> {
         let gib = (oa.get() >> 30).wrapping_sub(self.origin.load(Ordering::Relaxed));
         let mut item = self.gibs.get(usize::try_from(gib).ok()?)?.load(Ordering::Acquire);

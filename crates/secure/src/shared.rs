@@ -12,7 +12,7 @@ const G1: u64 = 1 << 30;
 
 impl<W: Deref<Target = [AtomicU64]>> Rmp<W> {
     /// The first assigned page of `span`, or `None` when all of it is hypervisor owned.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn first_assigned(&self, span: Span<Oa>) -> Option<Oa> {
         let (start, last) = (span.start().get(), span.last().get());
         let Some(segment) = self.directory.find(span.start()) else {

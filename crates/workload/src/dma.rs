@@ -2,22 +2,25 @@
 //!
 //! `iotlb` rows look into the cache alone; `translate` rows are whole descriptors: guard, log, cache, secure check.
 
-use crate::{Error, Row, Unit, Work, choices, in_format, timed};
-use addr::{Gpa, Iova, Lg2};
+use crate::beside::{Beside, InTurn};
+use crate::iotlb::{self, SEQUENCE, hit_rate, sequence};
+use crate::{Error, Row, Unit, Work, in_format, timed};
+use addr::{Gpa, Iova};
 use backing::{Backing, Frames};
-use iommu::{Access, Iotlb, IotlbStats};
+use iommu::{Access, Descriptor, IotlbStats, OnFault};
 use lockstep::{Config, Dma, GuestDma, RecordedStage2, Trust};
-use pt::{FormatKind, Perm};
+use pt::FormatKind;
+use std::fs::File;
 use std::hint::black_box;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
+use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
 
 const K4: u64 = 4 << 10;
 /// The hot set that does not fit any first-level cache of a processor.
 const MANY: u64 = 10_000;
 const FEW: u64 = 64;
-/// Lookups before the sequence repeats; a power of two.
-const SEQUENCE: usize = 1 << 14;
 /// Where copies go, in turn.
 const TARGET_BYTES: u64 = 1 << 20;
 
@@ -30,56 +33,28 @@ macro_rules! row {
 /// Its rows.
 pub fn rows() -> Vec<Row> {
     vec![
-        row!("iotlb_hit_64", "-", |_| Ok(Box::new(Cache::new(FEW)))),
-        row!("iotlb_hit_10000", "-", |_| Ok(Box::new(Cache::new(MANY)))),
+        row!("iotlb_hit_64", "-", |_| iotlb::hits(FEW)),
+        row!("iotlb_hit_10000", "-", |_| iotlb::hits(MANY)),
+        row!("vm_memory_hit_64", "-", |_| iotlb::vm_memory(FEW)),
+        row!("vm_memory_hit_10000", "-", |_| iotlb::vm_memory(MANY)),
         row!("translate_hit_64", "amdv1", |format| Translate::work(format, FEW, 1 << 14)),
         row!("translate_hit_10000", "amdv1", |format| Translate::work(format, MANY, 1 << 15)),
         row!("translate_miss", "amdv1", |format| Translate::work(format, MANY, 16)),
         row!("dma_write_64", "amdv1", |format| dma_write(format, 64)),
-        row!("memcpy_64", "-", |_| memcpy(64)),
         row!("dma_write_4k", "amdv1", |format| dma_write(format, K4)),
-        row!("memcpy_4k", "-", |_| memcpy(K4)),
+        row!("dma_write_16k", "amdv1", |format| dma_write(format, 16 << 10)),
         row!("dma_write_64k", "amdv1", |format| dma_write(format, 64 << 10)),
+        row!("dma_write_1m", "amdv1", |format| dma_write(format, 1 << 20)),
+        row!("dma_queue_64", "amdv1", |format| dma_queue(format, 64)),
+        row!("dma_queue_4k", "amdv1", |format| dma_queue(format, K4)),
+        row!("dma_queue_16k", "amdv1", |format| dma_queue(format, 16 << 10)),
+        row!("dma_queue_64k", "amdv1", |format| dma_queue(format, 64 << 10)),
+        row!("memcpy_64", "-", |_| memcpy(64)),
+        row!("memcpy_4k", "-", |_| memcpy(K4)),
+        row!("memcpy_16k", "-", |_| memcpy(16 << 10)),
         row!("memcpy_64k", "-", |_| memcpy(64 << 10)),
+        row!("memcpy_1m", "-", |_| memcpy(1 << 20)),
     ]
-}
-
-/// The IOTLB alone.
-struct Cache {
-    iotlb: Iotlb<[u64; 3]>,
-    sequence: Vec<Iova>,
-    before: IotlbStats,
-}
-
-impl Cache {
-    fn new(pages: u64) -> Self {
-        let mut iotlb = Iotlb::new(1 << 15);
-        for page in 0..pages {
-            iotlb.fill(Iova::new(page * K4), Lg2::K4, Perm::RW, [page; 3]);
-        }
-        let sequence = choices(SEQUENCE, pages).into_iter().map(|page| Iova::new(page * K4 + page % 4096)).collect();
-        Self { before: iotlb.stats(), iotlb, sequence }
-    }
-}
-
-impl Work for Cache {
-    fn run(&mut self, times: u64) -> Duration {
-        timed(|| {
-            for index in 0..times as usize {
-                let at = self.sequence[index % SEQUENCE];
-                black_box(self.iotlb.lookup(at).map(|hit| hit.value[0]));
-            }
-        })
-    }
-
-    fn note(&self) -> Option<String> {
-        Some(hit_rate(self.before, self.iotlb.stats()))
-    }
-}
-
-fn hit_rate(before: IotlbStats, now: IotlbStats) -> String {
-    let (hits, misses) = (now.hits - before.hits, now.misses - before.misses);
-    format!("{:.2} % hits", 100.0 * hits as f64 / (hits + misses).max(1) as f64)
 }
 
 /// A guest with one device that it does not trust, and `memory` mapped for it from 0 on.
@@ -109,8 +84,7 @@ impl Translate {
         for page in 0..pages {
             dma.translate(Iova::new(page * K4), Access::Read)?;
         }
-        let sequence = choices(SEQUENCE, pages).into_iter().map(|page| Iova::new(page * K4 + page % 4096)).collect();
-        Ok(Box::new(Self { before: dma.stats().iotlb, dma, _guest: guest, sequence }))
+        Ok(Box::new(Self { before: dma.stats().iotlb, dma, _guest: guest, sequence: sequence(pages) }))
     }
 }
 
@@ -144,44 +118,116 @@ impl Buffer {
     fn bytes(&self) -> &[u8] {
         &self.memory[self.first..][..TARGET_BYTES as usize]
     }
+}
 
-    fn bytes_mut(&mut self) -> &mut [u8] {
-        &mut self.memory[self.first..][..TARGET_BYTES as usize]
+/// What copies go through: a device whose memory is one leaf, and the buffer on its own side.
+struct Copies {
+    dma: Dma,
+    /// It keeps the memory mapped.
+    _guest: GuestDma,
+    buffer: Rc<Buffer>,
+    len: usize,
+}
+
+impl Copies {
+    /// With the memcpy of the same bytes to the same pages.
+    fn new(format: FormatKind, len: u64) -> Result<(Self, Memcpy), Error> {
+        let memory = Backing::memfd(2 << 20, Frames::Contiguous)?;
+        let (guest, mut dma) = machine(format, &memory, 1 << 14)?;
+        let (buffer, len) = (Rc::new(Buffer::new()), len as usize);
+        dma.write(Iova::new(0), buffer.bytes())?;
+        let memcpy = Memcpy::new(&memory, &buffer, len)?;
+        Ok((Self { dma, _guest: guest, buffer, len }, memcpy))
+    }
+}
+
+/// One call for each descriptor.
+struct Write(Copies);
+
+impl Work for Write {
+    fn run(&mut self, times: u64) -> Duration {
+        let Copies { dma, buffer, len, .. } = &mut self.0;
+        timed(|| {
+            let mut at = 0;
+            for _ in 0..times {
+                let done = dma.write(Iova::new(black_box(at)), black_box(&buffer.bytes()[..*len]));
+                assert!(done.is_ok(), "{done:?}");
+                at = (at + *len as u64) % TARGET_BYTES;
+            }
+        })
+    }
+}
+
+/// Descriptors of a queue that is run as a whole.
+struct Queue(Copies);
+
+impl Work for Queue {
+    fn run(&mut self, times: u64) -> Duration {
+        let Copies { dma, buffer, len, .. } = &mut self.0;
+        let (bytes, len) = (&buffer.bytes()[..*len], *len as u64);
+        let mut ring: Vec<_> = (0..TARGET_BYTES / len).map(|at| Descriptor::write(Iova::new(at * len), bytes)).collect();
+        timed(|| {
+            let mut left = times as usize;
+            while left > 0 {
+                let now = left.min(ring.len());
+                let run = dma.run(black_box(&mut ring[..now]), OnFault::Stop);
+                assert!(run == now && ring[now - 1].result() == Some(&Ok(())), "{:?}", ring[run - 1]);
+                left -= now;
+            }
+        })
     }
 }
 
 fn dma_write(format: FormatKind, len: u64) -> Result<Box<dyn Work>, Error> {
-    let memory = Backing::memfd(2 << 20, Frames::Contiguous)?;
-    let (guest, mut dma) = machine(format, &memory, 1 << 14)?;
-    let source = Buffer::new();
-    dma.write(Iova::new(0), source.bytes())?;
-    Ok(Box::new(move |times| {
-        // It keeps the memory mapped.
-        let _guest = &guest;
+    beside_memcpy(format, len, Write)
+}
+
+fn dma_queue(format: FormatKind, len: u64) -> Result<Box<dyn Work>, Error> {
+    beside_memcpy(format, len, Queue)
+}
+
+/// What a copy costs depends on where its pages happen to lie, for memcpy more than for us: the rows go through this many places in turn.
+const PLACES: usize = 8;
+
+fn beside_memcpy<W: Work + 'static>(format: FormatKind, len: u64, ours: fn(Copies) -> W) -> Result<Box<dyn Work>, Error> {
+    let places = (0..PLACES).map(|_| Copies::new(format, len)).collect::<Result<Vec<_>, _>>()?;
+    let (copies, memcpys): (Vec<_>, Vec<_>) = places.into_iter().unzip();
+    let ours = InTurn::new(copies.into_iter().map(ours));
+    Ok(Box::new(Beside::new(ours, InTurn::new(memcpys), "memcpy", |ratio| format!("{:.1} % of its speed", 100.0 * ratio))))
+}
+
+/// The same bytes without a device: from the same buffer to the same pages of the file, seen through a mapping of vm-memory's, whose copies of more
+/// than a word are the C library's memcpy.
+struct Memcpy {
+    region: MmapRegion,
+    buffer: Rc<Buffer>,
+    len: usize,
+}
+
+impl Memcpy {
+    fn new(memory: &Backing, buffer: &Rc<Buffer>, len: usize) -> Result<Self, Error> {
+        let file = File::from(memory.file().ok_or("a memfd has a file")?.try_clone_to_owned()?);
+        let region = MmapRegion::from_file(FileOffset::new(file, memory.file_offset()), TARGET_BYTES as usize)?;
+        region.as_volatile_slice().copy_from(buffer.bytes());
+        Ok(Self { region, buffer: Rc::clone(buffer), len })
+    }
+}
+
+impl Work for Memcpy {
+    fn run(&mut self, times: u64) -> Duration {
+        let (all, source) = (self.region.as_volatile_slice(), &self.buffer.bytes()[..self.len]);
+        let targets: Vec<_> = (0..TARGET_BYTES as usize / self.len).map_while(|at| all.subslice(at * self.len, self.len).ok()).collect();
         timed(|| {
             let mut at = 0;
             for _ in 0..times {
-                let done = dma.write(Iova::new(black_box(at)), black_box(&source.bytes()[..len as usize]));
-                assert!(done.is_ok(), "{done:?}");
-                at = (at + len) % TARGET_BYTES;
+                targets[black_box(at)].copy_from(black_box(source));
+                at = if at + 1 == targets.len() { 0 } else { at + 1 };
             }
         })
-    }))
+    }
 }
 
 fn memcpy(len: u64) -> Result<Box<dyn Work>, Error> {
-    let source = Buffer::new();
-    let mut target = Buffer::new();
-    Ok(Box::new(move |times| {
-        timed(|| {
-            let mut at = 0;
-            for _ in 0..times {
-                let at_now = black_box(at) as usize;
-                let to = &mut target.bytes_mut()[at_now..at_now + len as usize];
-                to.copy_from_slice(black_box(&source.bytes()[..len as usize]));
-                black_box(to);
-                at = (at + len) % TARGET_BYTES;
-            }
-        })
-    }))
+    let place = |_| Memcpy::new(&*Backing::memfd(2 << 20, Frames::Contiguous)?, &Rc::new(Buffer::new()), len as usize);
+    Ok(Box::new(InTurn::new((0..PLACES).map(place).collect::<Result<Vec<_>, Error>>()?)))
 }

@@ -6,11 +6,13 @@
 //! - *work*: runs an operation so many times, and answers how long the operations took ([`Work`]). Undoing them is off the clock.
 //! - *batch*: operations between two looks at the clock; enough of them that the looks cost nothing.
 
+mod beside;
 pub mod convert;
 pub mod dma;
 mod front;
 pub mod ioas;
 pub mod iommufd;
+mod iotlb;
 mod kernel;
 mod measure;
 pub mod pt;

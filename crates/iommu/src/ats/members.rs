@@ -1,8 +1,8 @@
 //! The ports of a domain: whoever flushes it sends to them and waits for them. A domain without any pays one look at a counter.
 
 use super::Port;
-use crate::log::{Log, Missed};
 use addr::{Iova, Oa, Span};
+use iotlb::{Log, Missed};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 

@@ -4,48 +4,64 @@
 //! lock, and each slot says whose number it holds, so a slot that was overwritten meanwhile is noticed. Whoever missed more than the
 //! ring has forgets everything.
 
+use crate::sys::{AtomicU64, Mutex, Ordering, fence};
 use addr::{Iova, Span};
-use std::sync::atomic::{AtomicU64, Ordering, fence};
-use std::sync::{Mutex, PoisonError};
+use std::sync::PoisonError;
 
-/// Spans that the ring keeps: four batches of the largest size (253).
-const SLOTS: u64 = 1024;
+/// Spans that the ring keeps: four batches of the largest size (253). Under loom so few that every test can overrun it.
+const SLOTS: u64 = if cfg!(loom) { 2 } else { 1024 };
 
 /// One logged span. `number` is its place in the log counted from 1; 0 while the slot is being written.
-#[derive(Default)]
 struct Slot {
     number: AtomicU64,
     start: AtomicU64,
     last: AtomicU64,
 }
 
+impl Slot {
+    fn empty() -> Self {
+        let [number, start, last] = std::array::from_fn(|_| AtomicU64::new(0));
+        Self { number, start, last }
+    }
+}
+
 /// What a context has to forget.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Missed {
+pub enum Missed {
+    /// What is cached of these addresses.
     Span(Span<Iova>),
+    /// All of it: more was logged than the ring keeps.
     Everything,
 }
 
-pub(crate) struct Log {
+/// What was cleared in a domain's table.
+pub struct Log {
     slots: Box<[Slot]>,
     /// Spans logged so far.
     head: AtomicU64,
     writer: Mutex<()>,
 }
 
+impl Default for Log {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Log {
-    pub(crate) fn new() -> Self {
-        Self { slots: (0..SLOTS).map(|_| Slot::default()).collect(), head: AtomicU64::new(0), writer: Mutex::new(()) }
+    /// Nothing logged yet.
+    pub fn new() -> Self {
+        Self { slots: (0..SLOTS).map(|_| Slot::empty()).collect(), head: AtomicU64::new(0), writer: Mutex::new(()) }
     }
 
     /// How much has been logged: the number a context keeps.
     #[inline]
-    pub(crate) fn head(&self) -> u64 {
+    pub fn head(&self) -> u64 {
         self.head.load(Ordering::Acquire)
     }
 
     /// Logs the spans; they become visible together. Does not allocate. Answers how many there were.
-    pub(crate) fn append(&self, spans: impl Iterator<Item = Span<Iova>>) -> u64 {
+    pub fn append(&self, spans: impl Iterator<Item = Span<Iova>>) -> u64 {
         let _writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
         let before = self.head.load(Ordering::Relaxed);
         let mut head = before;
@@ -57,7 +73,7 @@ impl Log {
             fence(Ordering::Release);
             slot.start.store(span.start().get(), Ordering::Relaxed);
             slot.last.store(span.last().get(), Ordering::Relaxed);
-            slot.number.store(head, Ordering::Release);
+            slot.number.store(head, Ordering::Relaxed);
         }
         self.head.store(head, Ordering::Release);
         head - before
@@ -65,7 +81,7 @@ impl Log {
 
     /// Tells `forget` what was logged after number `since`, up to `head`.
     #[cold]
-    pub(crate) fn catch_up(&self, since: u64, head: u64, mut forget: impl FnMut(Missed)) {
+    pub fn catch_up(&self, since: u64, head: u64, mut forget: impl FnMut(Missed)) {
         if head.wrapping_sub(since) > SLOTS {
             return forget(Missed::Everything);
         }
@@ -77,17 +93,24 @@ impl Log {
         }
     }
 
+    /// `number` is at most a head that was read before, so what is read here is that span or one that took its slot since. In that case the number
+    /// is gone, and went first.
     fn read(&self, number: u64) -> Option<Span<Iova>> {
         let slot = &self.slots[((number - 1) % SLOTS) as usize];
-        let before = slot.number.load(Ordering::Acquire);
         let (start, last) = (slot.start.load(Ordering::Relaxed), slot.last.load(Ordering::Relaxed));
         fence(Ordering::Acquire);
-        let after = slot.number.load(Ordering::Relaxed);
-        (before == number && after == number).then(|| Span::new(Iova::new(start), Iova::new(last))).flatten()
+        let still = slot.number.load(Ordering::Relaxed) == number;
+        still.then(|| Span::new(Iova::new(start), Iova::new(last))).flatten()
     }
 }
 
-#[cfg(test)]
+impl std::fmt::Debug for Log {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Log").field("head", &self.head()).finish_non_exhaustive()
+    }
+}
+
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
 

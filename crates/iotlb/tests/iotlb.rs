@@ -1,7 +1,8 @@
 //! The cache beside a slow oracle: it may forget, it may never be wrong, and an invalidation takes exactly what it names.
+#![cfg(not(loom))]
 
 use addr::{Address, Iova, Lg2, Span};
-use lockstep_iommu_device::Iotlb;
+use lockstep_iotlb::Iotlb;
 use pt::Perm;
 
 type Leaf = (Span<Iova>, Perm, u64);

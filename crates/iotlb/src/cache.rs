@@ -50,9 +50,17 @@ pub struct Hit<V> {
     at: (usize, usize),
 }
 
-impl<V> Hit<V> {
+impl<V: Copy> Hit<V> {
+    #[inline(always)]
+    fn of(entry: &Entry<V>, at: (usize, usize)) -> Self {
+        let lg2 = (entry.tag & LG2) as u8;
+        let perm = Perm::of(entry.tag >> PERM_SHIFT & 1 != 0, entry.tag >> PERM_SHIFT & 2 != 0);
+        let start = Iova::new(entry.tag >> lg2 << lg2);
+        Self { start, size: Lg2(lg2), perm, dirty: entry.tag & DIRTY != 0, value: entry.value, at }
+    }
+
     /// A translation that is in no cache.
-    pub(crate) fn uncached(start: Iova, size: Lg2, perm: Perm, value: V) -> Self {
+    pub fn uncached(start: Iova, size: Lg2, perm: Perm, value: V) -> Self {
         Self { start, size, perm, dirty: false, value, at: (0, 0) }
     }
 }
@@ -75,7 +83,7 @@ pub struct IotlbStats {
 /// ```
 /// use addr::{Address, Iova, Lg2, Span};
 /// use pt::Perm;
-/// let mut iotlb = lockstep_iommu_device::Iotlb::new(16_384);
+/// let mut iotlb = lockstep_iotlb::Iotlb::new(16_384);
 /// iotlb.fill(Iova::new(0x20_0000), Lg2::M2, Perm::RW, "there");
 /// assert_eq!(iotlb.lookup(Iova::new(0x3f_ffff)).unwrap().value, "there");
 /// iotlb.invalidate(Span::one(Iova::new(0x30_0000)));
@@ -110,62 +118,71 @@ impl<V: Copy + Default> Iotlb<V> {
     }
 
     /// The cached translation of `iova`.
-    #[inline]
+    #[inline(always)]
     pub fn lookup(&mut self, iova: Iova) -> Option<Hit<V>> {
-        let at = match self.find(iova.get(), self.recent) {
-            Some(at) => at,
-            None => self.find_other(iova.get())?,
-        };
-        self.stats.hits += 1;
-        Some(self.hit(at))
+        match self.probe(iova) {
+            Some(hit) => {
+                self.stats.hits += 1;
+                Some(hit)
+            }
+            None => self.lookup_other(iova),
+        }
     }
 
-    fn find_other(&mut self, iova: u64) -> Option<(usize, usize)> {
-        let mut sizes = self.sizes & !(1 << self.recent);
+    /// The cached translation of `iova` if it is where most are: of the size that the last lookup had, in its first home. It is counted by
+    /// [`Iotlb::count_hit`], when it is used.
+    #[inline(always)]
+    pub fn probe(&self, iova: Iova) -> Option<Hit<V>> {
+        let lg2 = self.recent;
+        let block = iova.get() >> lg2;
+        let first = self.home(0, block, lg2);
+        let places = &self.homes[first].0;
+        among(places, key(block, lg2)).map(|place| Hit::of(&places[place], (first, place)))
+    }
+
+    /// What a [`Iotlb::probe`] found is used, as if a [`Iotlb::lookup`] had found it.
+    #[inline(always)]
+    pub fn count_hit(&mut self) {
+        self.stats.hits += 1;
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn lookup_other(&mut self, iova: Iova) -> Option<Hit<V>> {
+        let mut sizes = self.sizes;
         while sizes != 0 {
-            let lg2 = sizes.trailing_zeros() as u8;
-            if let Some(at) = self.find(iova, lg2) {
+            // The size of the last hit first.
+            let lg2 = if sizes >> self.recent & 1 != 0 { self.recent } else { sizes.trailing_zeros() as u8 };
+            if let Some(at) = self.find(iova.get(), lg2) {
                 self.recent = lg2;
-                return Some(at);
+                self.stats.hits += 1;
+                return Some(Hit::of(&self.homes[at.0].0[at.1], at));
             }
-            sizes &= sizes - 1;
+            sizes &= !(1 << lg2);
         }
         self.stats.misses += 1;
         None
     }
 
-    #[inline(always)]
+    /// Home and place of the entry of this size for `iova`.
     fn find(&self, iova: u64, lg2: u8) -> Option<(usize, usize)> {
         let block = iova >> lg2;
-        let key = block << lg2 | u64::from(lg2);
         let first = self.home(0, block, lg2);
         let places = &self.homes[first].0;
-        // Which of the two it is cannot be guessed, so it is not branched on.
-        let (here, there) = (places[0].tag & KEY == key, places[1].tag & KEY == key);
-        if here | there {
-            return Some((first, usize::from(there)));
+        if let Some(place) = among(places, key(block, lg2)) {
+            return Some((first, place));
         }
         if places[0].tag & SPILLED == 0 {
             return None;
         }
         let second = self.home(1, block, lg2);
-        let place = self.homes[second].0.iter().position(|entry| entry.tag & KEY == key)?;
-        Some((second, place))
+        among(&self.homes[second].0, key(block, lg2)).map(|place| (second, place))
     }
 
     #[inline(always)]
     fn home(&self, which: usize, block: u64, lg2: u8) -> usize {
         // Multiplication by the golden ratio spreads runs and power-of-two strides evenly.
         ((block ^ u64::from(lg2) << 57).wrapping_mul(GOLDEN[which]) >> self.shift) as usize
-    }
-
-    #[inline(always)]
-    fn hit(&self, at: (usize, usize)) -> Hit<V> {
-        let entry = self.homes[at.0].0[at.1];
-        let lg2 = (entry.tag & LG2) as u8;
-        let perm = Perm::of(entry.tag >> PERM_SHIFT & 1 != 0, entry.tag >> PERM_SHIFT & 2 != 0);
-        let start = Iova::new(entry.tag >> lg2 << lg2);
-        Hit { start, size: Lg2(lg2), perm, dirty: entry.tag & DIRTY != 0, value: entry.value, at }
     }
 
     /// Puts in the leaf of `size` that begins at `start`; what was known of exactly this leaf is replaced. Answers what a lookup would.
@@ -315,6 +332,18 @@ impl<V: Copy + Default> Iotlb<V> {
     pub fn stats(&self) -> IotlbStats {
         self.stats
     }
+}
+
+#[inline(always)]
+fn key(block: u64, lg2: u8) -> u64 {
+    block << lg2 | u64::from(lg2)
+}
+
+/// Which of a home's two places has the key. It cannot be guessed, so it is not branched on.
+#[inline(always)]
+fn among<V>(places: &[Entry<V>; 2], key: u64) -> Option<usize> {
+    let (here, there) = (places[0].tag & KEY == key, places[1].tag & KEY == key);
+    (here | there).then_some(usize::from(there))
 }
 
 impl<V> std::fmt::Debug for Iotlb<V> {

@@ -1,0 +1,12 @@
+//! The few primitives that a loom run replaces by its own, so that the code under test is the code that ships.
+
+#[cfg(loom)]
+pub(crate) use loom::sync::{
+    Mutex,
+    atomic::{AtomicU64, Ordering, fence},
+};
+#[cfg(not(loom))]
+pub(crate) use std::sync::{
+    Mutex,
+    atomic::{AtomicU64, Ordering, fence},
+};
