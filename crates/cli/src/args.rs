@@ -23,7 +23,7 @@ pub(crate) enum Command {
     Run(RunArgs),
     /// Run a program that finds /dev/iommu, on a machine that has none
     Iommufd(IommufdArgs),
-    /// Measure this host: page tables, DMA, address spaces, conversions or calls of /dev/iommu
+    /// Measure this host: page tables, DMA, address spaces, conversions, calls of /dev/iommu, or all at once
     Bench(BenchArgs),
 }
 
@@ -126,6 +126,8 @@ pub(crate) enum BenchGroup {
     Convert,
     /// Calls of /dev/iommu, in process and by a program
     Iommufd,
+    /// Readers beside writers, and two writers at once
+    Load,
 }
 
 impl From<BenchGroup> for workload::Group {
@@ -136,6 +138,7 @@ impl From<BenchGroup> for workload::Group {
             BenchGroup::Ioas => Self::Ioas,
             BenchGroup::Convert => Self::Convert,
             BenchGroup::Iommufd => Self::Iommufd,
+            BenchGroup::Load => Self::Load,
         }
     }
 }
