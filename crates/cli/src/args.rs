@@ -25,7 +25,7 @@ pub(crate) enum Command {
     Soak(SoakArgs),
     /// Run a program that finds /dev/iommu, on a machine that has none
     Iommufd(IommufdArgs),
-    /// Measure this host: page tables, DMA, address spaces, conversions, calls of /dev/iommu, or how all of these grow
+    /// Measure this host: page tables, DMA, address spaces, conversions, calls of /dev/iommu, all at once, or how all of these grow
     Bench(BenchArgs),
 }
 
@@ -165,6 +165,8 @@ pub(crate) enum BenchGroup {
     Convert,
     /// Calls of /dev/iommu, in process and by a program
     Iommufd,
+    /// Readers beside writers, and two writers at once
+    Load,
     /// All of these against size: up to 1 TiB mapped and a million areas. Status 1 when one grows faster than a logarithm: when it costs more at a size N
     /// than each smaller size n allows, which is 1.5 log N / log n of the cost there, and 4 log N times what a random access to memory costs more
     Scale,
@@ -179,6 +181,7 @@ impl BenchGroup {
             Self::Ioas => Some(workload::Group::Ioas),
             Self::Convert => Some(workload::Group::Convert),
             Self::Iommufd => Some(workload::Group::Iommufd),
+            Self::Load => Some(workload::Group::Load),
             Self::Scale => None,
         }
     }

@@ -5,8 +5,9 @@ use crate::scale;
 use indicatif::{ProgressBar, ProgressStyle};
 use pt::FormatKind;
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::process::ExitCode;
-use workload::{Figure, Group, Row, measure};
+use workload::{Figure, Further, Group, Row, measure};
 
 /// One element of the JSON array; `ns` is the median.
 #[derive(Serialize)]
@@ -23,6 +24,9 @@ struct Element {
     goal_ns: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     note: Option<String>,
+    /// What the row has beside its own figure, by name.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    figures: BTreeMap<&'static str, f64>,
 }
 
 /// The command. Exit status 2 when a row could not be set up or nothing was selected.
@@ -74,9 +78,9 @@ fn run(options: &BenchArgs, group: Group) -> Result<(), workload::Error> {
         bar.set_message(row.name);
         let mut work = row.make().map_err(|error| format!("{}: {error}", row.name))?;
         let figure = measure(row, work.as_mut());
-        let (kernel, note) = (row.kernel(), work.note());
+        let (kernel, note, figures) = (row.kernel(), work.note(), work.figures());
         if !options.json {
-            bar.suspend(|| print(row, &figure, note.as_deref()));
+            bar.suspend(|| print(row, &figure, &figures, note.as_deref()));
         }
         elements.push(Element {
             name: row.name,
@@ -87,6 +91,7 @@ fn run(options: &BenchArgs, group: Group) -> Result<(), workload::Error> {
             kernel_ns: kernel.map(|kernel| kernel.median_ns),
             goal_ns: kernel.map(|kernel| kernel.goal_ns),
             note,
+            figures: figures.iter().map(|further| (further.name, round(further.value))).collect(),
         });
         bar.inc(1);
     }
@@ -97,7 +102,7 @@ fn run(options: &BenchArgs, group: Group) -> Result<(), workload::Error> {
     Ok(())
 }
 
-fn print(row: &Row, figure: &Figure, note: Option<&str>) {
+fn print(row: &Row, figure: &Figure, figures: &[Further], note: Option<&str>) {
     let Figure { best_ns, median_ns, .. } = figure;
     let (name, format, unit) = (row.name, row.format, row.unit.name());
     let beside = row.kernel().map_or_else(String::new, |kernel| {
@@ -110,6 +115,10 @@ fn print(row: &Row, figure: &Figure, note: Option<&str>) {
         note.unwrap_or_default()
     );
     println!("{}", line.trim_end());
+    if !figures.is_empty() {
+        let all: Vec<_> = figures.iter().map(|further| format!("{} {:.2}", further.name, further.value)).collect();
+        println!("{:<40} {}", "", all.join(", "));
+    }
 }
 
 /// Picoseconds are noise.

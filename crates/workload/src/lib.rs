@@ -14,6 +14,7 @@ pub mod ioas;
 pub mod iommufd;
 mod iotlb;
 mod kernel;
+pub mod load;
 mod measure;
 pub mod pt;
 pub mod scale;
@@ -41,6 +42,8 @@ pub enum Group {
     Convert,
     /// Calls of /dev/iommu.
     Iommufd,
+    /// Readers and writers at once.
+    Load,
 }
 
 impl Group {
@@ -52,6 +55,7 @@ impl Group {
             Self::Ioas => ioas::rows(),
             Self::Convert => convert::rows(),
             Self::Iommufd => iommufd::rows(),
+            Self::Load => load::rows(),
         };
         for row in rows.iter_mut().filter(|row| self != Self::Iommufd && row.format != "-") {
             (row.format, row.kind) = (format.name(), format);
@@ -67,6 +71,7 @@ impl Group {
             Self::Ioas => "ioas",
             Self::Convert => "convert",
             Self::Iommufd => "iommufd",
+            Self::Load => "load",
         }
     }
 }
@@ -129,6 +134,26 @@ pub trait Work {
     /// What else there is to say after a measurement, for example a hit rate.
     fn note(&self) -> Option<String> {
         None
+    }
+
+    /// Numbers beside the row's own, for example percentiles.
+    fn figures(&self) -> Vec<Further> {
+        Vec::new()
+    }
+}
+
+/// A number beside a row's own. Its name ends in its unit, `_ns`, or in `ratio`.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Further {
+    /// As in the output.
+    pub name: &'static str,
+    /// How much.
+    pub value: f64,
+}
+
+impl Further {
+    pub(crate) fn new(name: &'static str, value: f64) -> Self {
+        Self { name, value }
     }
 }
 

@@ -64,7 +64,7 @@ mod tests {
 
     #[test]
     fn names_are_unique() {
-        let groups = [Group::Pt, Group::Dma, Group::Ioas, Group::Convert];
+        let groups = [Group::Pt, Group::Dma, Group::Ioas, Group::Convert, Group::Iommufd, Group::Load];
         let mut names: Vec<_> = groups.into_iter().flat_map(|group| group.rows(FormatKind::AmdV1)).map(|row| row.name).collect();
         let all = names.len();
         names.sort_unstable();

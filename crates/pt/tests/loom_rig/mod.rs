@@ -5,7 +5,9 @@
 use addr::{Iova, Oa, SizeSet, Span};
 use lockstep_pt::{Arena, AtomicU64, Format, Gather, Perm, Stock, Table};
 use loom::sync::Arc as LoomArc;
+use std::fmt::Display;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64 as Counter, Ordering};
 use sync::Readers;
 
 pub type Words = Box<[AtomicU64]>;
@@ -52,6 +54,18 @@ impl<F: Format> Rig<F> {
         self.table.cut(span(start, len), SizeSet::ALL, stock, |_| self.readers.grace(DOMAIN)).unwrap()
     }
 
+    /// Whether a walk of `granule` may answer this: what was mapped from [`FRAMES`] on, or nothing while a leaf is broken.
+    pub fn is_true(&self, granule: u64, seen: Option<u64>) -> bool {
+        seen == Some(FRAMES + granule * GRANULE) || seen.is_none() && !F::HITLESS.is_allowed()
+    }
+
+    /// Whether the leaf that answers for `iova` is dirty, in any of its slots.
+    pub fn is_dirty(&self, iova: u64) -> bool {
+        let mut dirty = false;
+        self.table.leaves(span(iova, GRANULE), |leaf| dirty |= leaf.dirty);
+        dirty
+    }
+
     pub fn finish(&self, gather: Gather) {
         gather.finish(&self.arena, |_| self.readers.grace(DOMAIN));
     }
@@ -72,7 +86,58 @@ pub fn span(start: u64, len: u64) -> Span<Iova> {
 }
 
 pub fn explore(test: impl Fn() + Sync + Send + 'static) {
+    explore_up_to(4, test);
+}
+
+fn explore_up_to(preemptions: usize, test: impl Fn() + Sync + Send + 'static) {
     let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = Some(4);
+    builder.preemption_bound = Some(preemptions);
+    builder.max_branches = 20_000;
     builder.check(test);
 }
+
+/// What a scenario looks at. Where nothing is wrong by design, the first wrong thing ends the test; where a fault was planted it ends the
+/// exploration, and there must be one.
+#[derive(Clone)]
+pub struct Findings {
+    pub planted: bool,
+    wrong: Arc<Counter>,
+}
+
+impl Findings {
+    pub fn check(&self, fine: bool, what: impl Display) {
+        assert!(fine || self.planted, "{what}");
+        self.wrong.fetch_add(u64::from(!fine), Ordering::Relaxed);
+    }
+}
+
+/// Explores a scenario as it should be.
+pub fn holds(preemptions: usize, scenario: fn(Findings)) {
+    look(preemptions, false, scenario);
+}
+
+/// Explores it with its fault planted.
+pub fn finds(preemptions: usize, scenario: fn(Findings)) {
+    assert!(look(preemptions, true, scenario) > 0, "no interleaving shows the planted fault");
+}
+
+fn look(preemptions: usize, planted: bool, scenario: fn(Findings)) -> u64 {
+    let findings = Findings { planted, wrong: Arc::default() };
+    let wrong = Arc::clone(&findings.wrong);
+    let explored = std::panic::catch_unwind(move || {
+        explore_up_to(preemptions, move || {
+            scenario(findings.clone());
+            if findings.wrong.load(Ordering::Relaxed) > 0 {
+                // Enough seen.
+                std::panic::resume_unwind(Box::new(Found));
+            }
+        })
+    });
+    match explored {
+        Err(why) if !why.is::<Found>() => std::panic::resume_unwind(why),
+        _ => wrong.load(Ordering::Relaxed),
+    }
+}
+
+/// Ends an exploration.
+struct Found;
