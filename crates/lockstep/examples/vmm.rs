@@ -3,11 +3,13 @@
 use addr::{Gpa, Iova, Span};
 use backing::{Backing, Frames};
 use lockstep_iommu::kvm::{MemfdFlags, Memory, SlotOptions, Vm};
-use lockstep_iommu::{Change, Config, Dma, GuestDma, KvmStage2, Owner, RecordedStage2, Stage2, Tdisp, Trust};
+use lockstep_iommu::{Change, Config, Dma, GuestDma, KvmStage2, Owner, RecordedStage2, SDTE_WRITE_BYTES, Sdte, Stage2, Trust};
 use std::sync::Arc;
 
 const MEMORY: u64 = 64 << 20;
 const ASID: u32 = 1;
+/// As the guest calls it.
+const NIC: u16 = 0x100;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     // Memory: a guest_memfd that the host can map, behind a KVM memory slot; without KVM a memfd.
@@ -29,8 +31,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
     let guest = GuestDma::new(&Config { asid: ASID, ..Config::default() }, stage2)?;
     guest.add_memory(Gpa::new(0), MEMORY, &backing, 0)?;
-    let run = Trust::Trusted { asid: ASID, vmpl: secure::Vmpl::V0, tdisp: Tdisp::Run, sdte_valid: true, vtom: None };
-    let mut trusted = Dma::new(&guest.add_device("nic", run)?)?;
+    let nic = guest.add_device("nic", Trust::Untrusted)?;
+    // The guest comes to trust it: bound and locked, looked at, started, and accepted by the guest's own message to firmware.
+    let nonce = guest.bind_device(&nic, NIC)?;
+    guest.start_device(NIC, nonce)?;
+    let mut message = [0; SDTE_WRITE_BYTES];
+    message[..2].copy_from_slice(&NIC.to_le_bytes());
+    message[16..].copy_from_slice(&Sdte::new(pt::Perm::RW, secure::Vmpl::V0, None).to_bytes());
+    guest.sdte_write(&message)?;
+    let mut trusted = Dma::new(&nic)?;
     let mut untrusted = Dma::new(&guest.add_device("disk", Trust::Untrusted)?)?;
 
     // A page state change: what KVM_HC_MAP_GPA_RANGE, KVM_EXIT_MEMORY_FAULT or a GHCB request ask for.

@@ -13,7 +13,8 @@
 //! - *segment*: a stretch of output addresses that the table covers. An address outside every segment is hypervisor owned for ever.
 //! - *summary*: how many pages of a 2 MiB or 1 GiB block are assigned, so that a large shared leaf is checked in one load.
 //! - *smash*: splitting a 2 MiB entry in 512 that say the same (PSMASH).
-//! - *whole leaf*: a check is about everything that an IO page table leaf spans, never only about the bytes of one access.
+//! - *whole leaf*: a check is about everything that an IO page table leaf spans, never only about the bytes of one access; unless the table was told to judge
+//!   page by page ([`Rmp::set_by_page`]), or the device names output addresses itself ([`Rmp::check_translated`]).
 //!
 //! ```
 //! use addr::{Gpa, Oa, Span};

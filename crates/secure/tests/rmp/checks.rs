@@ -53,6 +53,51 @@ fn strict_refuses_leaves_above_2m() {
     assert_eq!((check(12), check(21), check(22), check(30)), (None, None, Some(Reason::TooLarge), Some(Reason::TooLarge)));
 }
 
+/// The other reading: whoever asks about a page gets an answer for that page, whatever the size of its entry.
+#[test]
+fn judged_by_page_sizes_are_not_compared() {
+    let rmp = table(2);
+    assign_valid(&rmp, 512, BIG);
+    let check = |page, at| reason(rmp.check_device(trusted(None), leaf(page, 12), gpa(at), Access::Write));
+    assert_eq!(check(515, 515), Some(Reason::Size));
+    rmp.set_by_page(true);
+    assert!(rmp.checks_pages());
+    assert_eq!((check(515, 515), check(512, 512)), (None, None));
+    assert_eq!(check(515, 516), Some(Reason::WrongGpa), "and nothing else is forgiven");
+    let other = Requester::Trusted { asid: ASID, vmpl: Vmpl::V1, vtom: None };
+    assert_eq!(reason(rmp.check_device(other, leaf(515, 12), gpa(515), Access::Read)), Some(Reason::Permission));
+    assert_eq!(reason(rmp.check_device(Requester::Untrusted, leaf(515, 12), gpa(515), Access::Read)), Some(Reason::Assigned));
+}
+
+/// A device that translated earlier: each page answers for itself, by all that needs no address.
+#[test]
+fn translated_requests_are_judged_by_their_pages() {
+    let rmp = table(2);
+    assign_valid(&rmp, 2, K4);
+    assign_valid(&rmp, 512, BIG);
+    let check = |who, from, to| rmp.check_translated(who, Span::of(oa(from), Oa::new(oa(to).get() - 1)), Access::Write);
+    let refused = check(Requester::Untrusted, 1, 4).unwrap_err();
+    assert_eq!((refused.reason, refused.at, refused.delivery), (Reason::Assigned, oa(2), Delivery::Aborted));
+    assert_eq!((check(Requester::Untrusted, 0, 2), check(Requester::Untrusted, 3, 512)), (Ok(()), Ok(())));
+    assert_eq!(check(Requester::Untrusted, 700, 701).unwrap_err().at, oa(700));
+    // Shared and private, small and large, in one go.
+    assert_eq!(check(trusted(None), 0, 600), Ok(()));
+    let inside = Span::of(Oa::new(oa(2).get() + 0x123), Oa::new(oa(2).get() + 0x456));
+    assert_eq!(rmp.check_translated(trusted(None), inside, Access::Read), Ok(()));
+    let stranger = Requester::Trusted { asid: ASID + 1, vmpl: Vmpl::V0, vtom: None };
+    let low = Requester::Trusted { asid: ASID, vmpl: Vmpl::V2, vtom: None };
+    for (who, why) in [(stranger, Reason::WrongAsid), (low, Reason::Permission)] {
+        let refused = check(who, 0, 600).unwrap_err();
+        assert_eq!((refused.reason, refused.at), (why, oa(2)));
+    }
+    rmp.pvalidate(pvalidate(2, K4, false)).unwrap();
+    assert_eq!(reason(check(trusted(None), 2, 3)), Some(Reason::NotValidated));
+    rmp.rmpupdate(oa(2), RmpState::shared(K4)).unwrap();
+    assert_eq!(check(stranger, 0, 512), Ok(()));
+    let uncovered = Span::block(Oa::new(0), 12);
+    assert_eq!(rmp.check_translated(trusted(None), uncovered, Access::Write), Ok(()));
+}
+
 #[test]
 fn trusted_private_rule_in_order() {
     let rmp = table(2);
