@@ -134,7 +134,7 @@ fn a_leaked_page_is_not_left_mapped() {
 fn a_kept_leaf_lets_nobody_in_late() {
     use std::sync::atomic::{AtomicBool, Ordering};
     let guest = guest(8 * MIB, Policy::Mirror, Reading { borders: Borders::Rmp, strict: false });
-    let stop = AtomicBool::new(false);
+    let (stop, mut late) = (AtomicBool::new(false), 0);
     std::thread::scope(|scope| {
         let mut cached = AtsDma::new(&guest.dma.add_device("ats", Trust::Untrusted).unwrap()).unwrap();
         let (mut plain, stop) = (guest.context(&guest.untrusted), &stop);
@@ -149,9 +149,32 @@ fn a_kept_leaf_lets_nobody_in_late() {
             std::thread::yield_now();
             let mut back = [0; 0x1000];
             guest.dma.read(Gpa::new(0x5000), &mut back).unwrap();
-            assert_eq!(back, [0x11; 0x1000]);
+            late += u32::from(back != [0x11; 0x1000]);
             guest.convert(0x5000, 0x1000, Owner::Shared);
         }
         stop.store(true, Ordering::Relaxed);
     });
+    assert_eq!(late, 0, "writes after the page had turned private");
+}
+
+/// The same without chance: an access that was let in before the owner changed is waited for.
+#[test]
+fn a_conversion_waits_for_who_was_let_in() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let guest = guest(8 * MIB, Policy::Mirror, Reading { borders: Borders::Rmp, strict: false });
+    let mut dma = guest.context(&guest.untrusted);
+    let slice = dma.slice(iova(0x5000), 64, iommu::Access::Write).unwrap();
+    let done = AtomicBool::new(false);
+    let early = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            guest.convert(0x5000, 0x1000, Owner::Private);
+            done.store(true, Ordering::SeqCst);
+        });
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        let early = done.load(Ordering::SeqCst);
+        drop(slice);
+        early
+    });
+    assert!(!early && done.load(Ordering::SeqCst));
+    assert!(dma.write(iova(0x5000), b"x").is_err());
 }
