@@ -123,10 +123,13 @@ impl Plan {
             let gpa_of = |run: Span<Page>| piece.gpa.project(piece.pages.unindex(PAGE_LG2), run.unindex::<Page>(PAGE_LG2));
             let mut add = |run: Span<Page>, from: PageState| {
                 let gpa = gpa_of(run);
-                // Also what stage 2 did not take the last time is done again.
-                if from != PageState::from(piece.to) || !is_told(space, gpa, piece.to) {
+                if from != PageState::from(piece.to) {
                     todo.push(Piece { gpa, pages: run, from, ..*piece });
+                    return;
                 }
+                // Also what stage 2 did not take the last time is done again.
+                let untold = space.stage2.runs(gpa).into_iter().filter(|(_, private)| *private != (piece.to == Owner::Private));
+                todo.extend(untold.map(|(part, _)| Piece { from, ..piece.part(part) }));
             };
             for (run, state) in backing.states(piece.pages) {
                 if state != PageState::Private {
@@ -166,11 +169,6 @@ fn owners(space: &Space, backing: &Backing, run: Span<Page>) -> Vec<(Span<Page>,
     runs
 }
 
-/// Whether stage 2 has all of `span` as `to`.
-pub(crate) fn is_told(space: &Space, span: Span<Gpa>, to: Owner) -> bool {
-    space.stage2.runs(span).iter().all(|(_, private)| *private == (to == Owner::Private))
-}
-
 impl Plan {
     /// The pieces in one held backing.
     pub(crate) fn pages_of(&self, held: &Held<'_>) -> impl Iterator<Item = (Span<Gpa>, Span<Page>)> {
@@ -180,6 +178,12 @@ impl Plan {
 }
 
 impl Piece {
+    /// What of it is at `gpa`.
+    pub(crate) fn part(&self, gpa: Span<Gpa>) -> Self {
+        let pages = self.pages.unindex::<Page>(PAGE_LG2).project(self.gpa, gpa).index(PAGE_LG2);
+        Self { gpa, pages, ..*self }
+    }
+
     /// The pages that were done, those that failed, those that were not tried.
     pub(crate) fn split(&self, done: u64, bad: Span<Page>) -> (Option<Self>, Self, Option<Self>) {
         let part = |pages: Span<Page>| Self {

@@ -9,8 +9,11 @@ use ioas::Pages;
 use iommu::SystemRmp;
 use secure::{Pvalidate, PvalidateError, RmpSize, Validated, Vmpl};
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError};
+use sync::prim::{
+    Mutex, MutexGuard, RwLock,
+    atomic::{AtomicU64, Ordering},
+};
 use thiserror::Error;
 
 /// Pages of one 2 MiB entry.

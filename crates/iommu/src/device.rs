@@ -7,9 +7,12 @@ use crate::{Domain, Error, Fault, FaultKind, Iommu, KindCounters};
 use addr::Gpa;
 use secure::{Requester, Vmpl};
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use sync::fail;
+use sync::prim::{
+    Mutex, MutexGuard,
+    atomic::{AtomicU64, Ordering},
+};
 
 /// Where a trusted device interface stands (PCIe TDISP).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

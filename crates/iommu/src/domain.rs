@@ -10,7 +10,7 @@ use backing::Words;
 use pt::{FormatKind, Gather, NoTable, Stock};
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use sync::prim::atomic::{AtomicBool, AtomicU64, Ordering};
 use sync::{Readers, fail};
 
 /// An IO page table that devices can be attached to.

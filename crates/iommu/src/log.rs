@@ -5,8 +5,11 @@
 //! ring has forgets everything.
 
 use addr::{Iova, Span};
-use std::sync::atomic::{AtomicU64, Ordering, fence};
-use std::sync::{Mutex, PoisonError};
+use std::sync::PoisonError;
+use sync::prim::{
+    Mutex,
+    atomic::{AtomicU64, Ordering, fence},
+};
 
 /// Spans that the ring keeps: four batches of the largest size (253).
 const SLOTS: u64 = 1024;
