@@ -12,9 +12,10 @@ use addr::{Address, Hva, PAGE_BYTES, PAGE_LG2, Page, Span, SpanMap};
 use std::any::Any;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, PoisonError, Weak};
 use sync::SpanLock;
 use sync::fail::step;
+use sync::prim::Mutex;
 
 /// Names a backing; never used twice in a process. Spans of several backings are locked in the order of these.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

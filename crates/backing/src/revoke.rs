@@ -5,8 +5,9 @@
 
 use crate::{Backing, Error, Kind, PageState, RestoreError, SpanGuard};
 use addr::{Page, Span};
-use std::sync::{Arc, PoisonError, RwLock, Weak};
+use std::sync::{Arc, PoisonError, Weak};
 use sync::fail;
+use sync::prim::RwLock;
 
 /// Whoever has mapped pages of a backing.
 pub trait Listener: Send + Sync {

@@ -4,8 +4,11 @@
 //! locks for each step and holds nothing in between, so its user may change states on the way.
 
 use addr::{Address, OutOfMemory, Page, Span, SpanMap};
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{PoisonError, RwLock};
+use std::sync::PoisonError;
+use sync::prim::{
+    RwLock,
+    atomic::{AtomicU8, Ordering},
+};
 
 /// Who may use a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

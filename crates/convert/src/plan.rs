@@ -135,11 +135,14 @@ impl Plan {
             let gpa_of = |run: Span<Page>| piece.gpa.project(piece.pages.unindex(PAGE_LG2), run.unindex::<Page>(PAGE_LG2));
             let mut add = |run: Span<Page>, from: PageState| {
                 let gpa = gpa_of(run);
-                // Also what stage 2 did not take the last time is done again.
-                if from != PageState::from(piece.to) || !is_told(space, gpa, piece.to) {
-                    let keeps_leaf = space.keeps_leaves() && from != PageState::Absent && backing.private_file().is_none();
+                let keeps_leaf = space.keeps_leaves() && from != PageState::Absent && backing.private_file().is_none();
+                if from != PageState::from(piece.to) {
                     todo.push(Piece { gpa, pages: run, from, keeps_leaf, ..*piece });
+                    return;
                 }
+                // Also what stage 2 did not take the last time is done again.
+                let untold = space.stage2.runs(gpa).into_iter().filter(|(_, private)| *private != (piece.to == Owner::Private));
+                todo.extend(untold.map(|(part, _)| Piece { from, keeps_leaf, ..piece.part(part) }));
             };
             for (run, state) in backing.states(piece.pages) {
                 if state != PageState::Private {
@@ -179,11 +182,6 @@ fn owners(space: &Space, backing: &Backing, run: Span<Page>) -> Vec<(Span<Page>,
     runs
 }
 
-/// Whether stage 2 has all of `span` as `to`.
-pub(crate) fn is_told(space: &Space, span: Span<Gpa>, to: Owner) -> bool {
-    space.stage2.runs(span).iter().all(|(_, private)| *private == (to == Owner::Private))
-}
-
 impl Plan {
     /// The pieces in one held backing.
     pub(crate) fn pages_of(&self, held: &Held<'_>) -> impl Iterator<Item = (Span<Gpa>, Span<Page>)> {
@@ -201,6 +199,12 @@ impl Piece {
             self.pages = Span::of(self.pages.start(), next.pages.last());
         }
         goes_on
+    }
+
+    /// What of it is at `gpa`.
+    pub(crate) fn part(&self, gpa: Span<Gpa>) -> Self {
+        let pages = self.pages.unindex::<Page>(PAGE_LG2).project(self.gpa, gpa).index(PAGE_LG2);
+        Self { gpa, pages, ..*self }
     }
 
     /// The pages that were done, those that failed, those that were not tried.

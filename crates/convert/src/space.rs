@@ -10,8 +10,11 @@ use ioas::Pages;
 use iommu::SystemRmp;
 use secure::{Attributes, Code, Perms, Pvalidate, PvalidateError, RmpSize, RmpadjustError, Validated, Vmpl};
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError};
+use sync::prim::{
+    Mutex, MutexGuard, RwLock,
+    atomic::{AtomicBool, AtomicU64, Ordering},
+};
 use thiserror::Error;
 
 /// The second word of an entry after RMPUPDATE: VMPL 0 may do everything, the others nothing.

@@ -1,7 +1,8 @@
 //! KVM's side of a conversion, as a trait: the link to a real VM implements it, and so does a plain record where there is no KVM.
 
 use addr::{Gpa, OutOfMemory, Span, SpanMap};
-use std::sync::{Mutex, PoisonError};
+use std::sync::PoisonError;
+use sync::prim::Mutex;
 use thiserror::Error;
 
 /// How a table of an audit was looked at (design D-11). Output never claims more than this.

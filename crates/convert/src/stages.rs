@@ -5,7 +5,7 @@
 //! Until the owner has changed every failure puts all back. Afterwards nothing is rolled back, because the guest may have seen it: the
 //! error says which pages are done.
 
-use crate::plan::{self, Fate, Held, Piece, Plan};
+use crate::plan::{Fate, Held, Piece, Plan};
 use crate::space::{Transition, Watch};
 use crate::switch::{self, Failed};
 use crate::{Busy, Change, ConvertError, Owner, Space, Step};
@@ -15,8 +15,8 @@ use ioas::Edit;
 use std::fmt;
 use std::marker::PhantomData;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use sync::fail;
+use sync::prim::atomic::{AtomicU64, Ordering};
 
 /// A conversion that has come as far as stage `S`.
 #[must_use = "a conversion that is dropped leaves its pages unmapped"]
@@ -139,6 +139,13 @@ impl Space {
             }
         }
         Ok(())
+    }
+}
+
+impl Space {
+    /// Pages that have no leaves will be mapped apart from the rest of a large entry, which their leaf has to equal (I-5). Answers whether they can be.
+    fn split_for(&self, backing: &backing::Backing, pages: Span<addr::Page>) -> bool {
+        switch::partial_blocks(&self.rmp, backing, pages).all(|block| switch::smash(&self.rmp, backing.oa(block.start())).is_ok())
     }
 }
 
@@ -268,12 +275,12 @@ impl Core<'_> {
         Ok(())
     }
 
-    /// Splits 2 MiB entries of which only a part leaves the guest. Entry and leaf change inside one smash, so a device that meets
+    /// Splits 2 MiB entries of which only a part is converted: it leaves the guest, or stage 2 did not take it the last time and it is mapped
+    /// anew, by smaller leaves than the entry (I-5). Entry and leaf change inside one smash, so a device that meets
     /// them of two sizes looks again instead of faulting.
     fn smash(&mut self) -> Result<(), ConvertError> {
-        let leaving = |piece: &&Piece| piece.from == PageState::Private && piece.to == Owner::Shared;
         let mut cleared: Vec<(usize, Span<addr::Page>)> = Vec::new();
-        for piece in self.pieces.iter().filter(leaving) {
+        for piece in self.pieces.iter().filter(|piece| piece.from == PageState::Private) {
             let held = &self.held[piece.held];
             let backing = held.pages.backing();
             for block in switch::partial_blocks(&self.space.rmp, backing, piece.pages) {
@@ -375,15 +382,28 @@ impl Core<'_> {
     }
 
     fn commit(&mut self) {
-        // One span that is refused does not stop the others: what stage 2 has not been told is all that a retry can find.
+        // One span that is refused does not stop the others: what stage 2 has not been told is all that a retry can find. So what it has already is
+        // done, whatever it says.
+        let mut parts = Vec::new();
         for piece in self.pieces.iter_mut().filter(|piece| piece.fate == Fate::Switched) {
-            match self.space.stage2.commit(piece.gpa, piece.to == Owner::Private) {
-                Err(source) if !plan::is_told(self.space, piece.gpa, piece.to) => {
-                    self.error.get_or_insert(ConvertError::Stage2 { source, done_pages: 0 });
+            let Err(source) = self.space.stage2.commit(piece.gpa, piece.to == Owner::Private) else {
+                piece.fate = Fate::Committed;
+                continue;
+            };
+            let whole = *piece;
+            let runs = self.space.stage2.runs(whole.gpa);
+            for (index, (gpa, private)) in runs.into_iter().enumerate() {
+                let part = whole.part(gpa);
+                let told = private == (whole.to == Owner::Private);
+                let fits = told && self.space.split_for(self.held[whole.held].pages.backing(), part.pages);
+                let part = Piece { fate: if fits { Fate::Committed } else { Fate::Switched }, ..part };
+                if !fits {
+                    self.error.get_or_insert(ConvertError::Stage2 { source: source.clone(), done_pages: 0 });
                 }
-                _ => piece.fate = Fate::Committed,
+                if index == 0 { *piece = part } else { parts.push(part) }
             }
         }
+        self.pieces.extend(parts);
         let done = self.pages_with(Fate::Committed);
         if let Some(ConvertError::Stage2 { done_pages, .. }) = &mut self.error {
             *done_pages = done;

@@ -9,8 +9,9 @@ use addr::{Iova, OutOfMemory, PAGE_BYTES, Page, Span};
 use backing::Backing;
 use pt::Perm;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, PoisonError, Weak};
 use sync::fail;
+use sync::prim::Mutex;
 
 /// Told which span is about to be unmapped: drop every pin that meets it before returning.
 pub type Unmapped = Arc<dyn Fn(Span<Iova>) + Send + Sync>;

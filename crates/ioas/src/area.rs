@@ -7,8 +7,11 @@ use backing::Backing;
 use iommu::Domain;
 use pt::Perm;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock, PoisonError};
+use sync::prim::{
+    Mutex,
+    atomic::{AtomicBool, AtomicU64, Ordering},
+};
 
 /// Where an area is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,8 +7,11 @@ use addr::{Iova, Span};
 use iommu::{Device, Domain, Iommu};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock, Weak};
+use std::sync::{Arc, PoisonError, Weak};
+use sync::prim::{
+    RwLock,
+    atomic::{AtomicBool, AtomicU64, Ordering},
+};
 use sync::rank::{self, Rank, RankGuard};
 
 /// An IO address space: areas, and the domains that show them to devices.

@@ -20,8 +20,11 @@ use addr::{Address, Lg2, PAGE_BYTES, Page, SizeSet, Span};
 use backing::{Backing, Listener, RestoreError, SpanGuard};
 use iommu::Domain;
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock, Weak};
+use std::sync::{Arc, PoisonError, Weak};
+use sync::prim::{
+    RwLock, RwLockReadGuard,
+    atomic::{AtomicU64, Ordering},
+};
 
 /// Every area over the pages of one backing.
 ///
@@ -220,7 +223,7 @@ impl Pages {
         Ok(())
     }
 
-    fn read(&self) -> std::sync::RwLockReadGuard<'_, Listing> {
+    fn read(&self) -> RwLockReadGuard<'_, Listing> {
         self.areas.read().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -10,8 +10,9 @@ use addr::{Page, Span};
 use backing::{Backing, PinError};
 use std::any::Any;
 use std::fmt::{self, Debug};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use sync::fail;
+use sync::prim::{Mutex, MutexGuard};
 use sync::rank::{self, Rank, RankGuard};
 
 /// Who pays for pinned pages: a user's limit on locked memory, a process's counters.

@@ -11,9 +11,12 @@ use iotlb::Source;
 use pt::Perm;
 use secure::{Requester, Vmpl};
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use sync::fail;
+use sync::prim::{
+    Mutex, MutexGuard,
+    atomic::{AtomicU64, Ordering},
+};
 
 /// What a device is to the secure world.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -11,7 +11,7 @@ use iotlb::{Log, Logged};
 use pt::{FormatKind, Gather, NoTable, Stock};
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use sync::prim::atomic::{AtomicBool, AtomicU64, Ordering};
 use sync::{Readers, fail};
 
 /// An IO page table that devices can be attached to.

@@ -1,4 +1,5 @@
-//! The few primitives that a loom run replaces by its own, so that the code under test is the code that ships.
+//! The few primitives that a loom run replaces by its own, so that the code under test is the code that ships. Otherwise they are what the crates around
+//! use.
 
 #[cfg(loom)]
 pub(crate) use loom::sync::{
@@ -6,7 +7,7 @@ pub(crate) use loom::sync::{
     atomic::{AtomicU64, Ordering, fence},
 };
 #[cfg(not(loom))]
-pub(crate) use std::sync::{
+pub(crate) use sync::prim::{
     Mutex,
     atomic::{AtomicU64, Ordering, fence},
 };

@@ -214,7 +214,7 @@ impl GuestDma {
     /// Only shared pages go: the guest gives private ones up first.
     ///
     /// # Errors
-    /// No memory there, a private page, or the host refused. Memslots before that one are punched, the one that it is in is as it was.
+    /// No memory there, a private or a leaked page, or the host refused. Memslots before that one are punched, the one that it is in is as it was.
     pub fn punch(&self, span: Span<Gpa>) -> Result<(), Error> {
         self.each_part(span, |gpa, backing, pages| {
             let held = backing.lock(pages);
@@ -222,6 +222,7 @@ impl GuestDma {
             if let Some((run, _)) = private {
                 return Err(Error::Private(gpa.plus(run.start().offset_from(pages.start()) << PAGE_LG2)));
             }
+            self.check_leaked(gpa, backing, pages)?;
             Ok(backing.punch_held(&held, pages)?)
         })
     }
@@ -233,11 +234,17 @@ impl GuestDma {
     pub fn populate(&self, span: Span<Gpa>) -> Result<(), Error> {
         self.each_part(span, |gpa, backing, pages| {
             let held = backing.lock(pages);
-            if let Some(page) = self.space.first_leaked(backing, pages).and_then(|oa| backing.page_of(oa)) {
-                return Err(Error::Leaked(gpa.plus(page.offset_from(pages.start()) << PAGE_LG2)));
-            }
+            self.check_leaked(gpa, backing, pages)?;
             Ok(backing.populate_held(&held, pages, PageState::Shared)?)
         })
+    }
+
+    /// What the secure world has kept is neither used again nor given back.
+    fn check_leaked(&self, gpa: Gpa, backing: &Backing, pages: Span<Page>) -> Result<(), Error> {
+        match self.space.first_leaked(backing, pages).and_then(|oa| backing.page_of(oa)) {
+            Some(page) => Err(Error::Leaked(gpa.plus(page.offset_from(pages.start()) << PAGE_LG2))),
+            None => Ok(()),
+        }
     }
 
     /// Joins small leaves into larger ones wherever neighbours are alike, at most `most` pages of it: a background pass that may run at any

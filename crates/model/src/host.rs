@@ -50,6 +50,8 @@ pub enum Stage {
     SmashFlip,
     /// The leaf follows.
     SmashCut,
+    /// What is converted of it goes.
+    SmashClear,
     /// The sequence is even again.
     SmashEnd,
     /// A fault's second store of a cut.
@@ -134,14 +136,24 @@ impl Host {
     }
 
     /// Whether the next step may fail.
-    pub fn may_fail(&self) -> bool {
+    pub fn may_fail(&self, state: &State) -> bool {
         let convert = matches!(self.op, Some(Op::Convert { .. }));
         match self.at {
             Stage::Reserve => convert,
             Stage::SmashFlip | Stage::Discard => true,
-            Stage::Switch | Stage::Tell => self.rest != 0,
+            // What only stage 2 did not take has its owner already.
+            Stage::Switch => {
+                each(self.rest).next().is_some_and(|page| self.from[page] != if self.private() { Is::Private } else { Is::Shared })
+            }
+            // What stage 2 has already it need not be told.
+            Stage::Tell => self.told_next() & if self.private() { !state.kvm.private } else { state.kvm.private } != 0,
             _ => false,
         }
+    }
+
+    /// The pages that stage 2 is told of in one go.
+    fn told_next(&self) -> Set {
+        if self.joined && self.rest == ALL { ALL } else { self.rest & self.rest.wrapping_neg() }
     }
 
     fn private(&self) -> bool {
@@ -252,6 +264,9 @@ fn next(state: &mut State, index: usize, host: &mut Host, fails: bool, fault: Op
         }
         Stage::SmashCut => {
             cut(state);
+            if host.rest == 0 { Stage::SmashEnd } else { Stage::SmashClear }
+        }
+        Stage::SmashClear => {
             each(host.rest).for_each(|page| clear(state, page));
             host.rest = 0;
             Stage::SmashEnd
@@ -347,7 +362,7 @@ fn hold(state: &mut State, index: usize, host: &mut Host, fault: Option<Fault>) 
             host.todo = if alike { ALL } else { 0 };
             if alike { Stage::Join } else { Stage::Finish }
         }
-        Op::Smash if state.rmp.large => Stage::SmashBegin,
+        Op::Smash if state.rmp.large && is(0, Is::Private) => Stage::SmashBegin,
         Op::Smash | Op::Trust(_) => Stage::Finish,
     };
     host.rest = host.todo;
@@ -500,13 +515,21 @@ fn commit(state: &mut State, host: &mut Host, fault: Option<Fault>) -> Stage {
 }
 
 fn tell(state: &mut State, host: &mut Host, fails: bool, fault: Option<Fault>) -> Stage {
-    let pages = if host.joined && host.rest == ALL { ALL } else { host.rest & host.rest.wrapping_neg() };
+    let pages = host.told_next();
     if fails {
-        // The owner has changed all the same; devices get nothing, and the error says so.
+        // The owner has changed all the same; devices get nothing of what stage 2 does not have, and the error says so.
+        let has = if host.private() { state.kvm.private } else { !state.kvm.private };
+        let refused = pages & !has;
         host.failed = true;
-        host.switched &= !pages;
-        host.untold |= pages;
-        state.kvm.untold |= pages;
+        host.switched &= !refused;
+        host.untold |= refused;
+        state.kvm.untold |= refused;
+        state.kvm.untold &= !(pages & has);
+        if refused != pages && state.rmp.large {
+            // The rest will have a small leaf.
+            state.rmp.entries[1] = Entry { gpa: 1, ..state.rmp.entries[0] };
+            state.rmp.large = false;
+        }
     } else {
         let alias = if fault == Some(Fault::AliasSlot) && host.from[0] == Is::Private { one(ALIAS) } else { 0 };
         let told = if alias != 0 { alias } else { pages };

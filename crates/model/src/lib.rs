@@ -69,7 +69,7 @@ impl Transaction {
                 }
             }
             Action::Fails(index) => {
-                host::can_step(state, index, self.fault) && state.hosts[index].may_fail() && {
+                host::can_step(state, index, self.fault) && state.hosts[index].may_fail(state) && {
                     host::step(state, index, true, self.fault);
                     true
                 }
@@ -109,7 +109,7 @@ impl Model for Transaction {
                 actions.extend(self.scene.ops(index).into_iter().map(|op| Action::Start(index, op)));
             } else if host::can_step(state, index, self.fault) {
                 actions.push(Action::Host(index));
-                actions.extend((host.may_fail() && self.scene.has_failures()).then_some(Action::Fails(index)));
+                actions.extend((host.may_fail(state) && self.scene.has_failures()).then_some(Action::Fails(index)));
             } else if host::can_time_out(state, index, self.fault) {
                 actions.push(Action::TimeOut(index));
             }

@@ -300,9 +300,16 @@ fn inside(word: u64, domain: u32) -> bool {
 }
 
 /// A number that no two living threads share, and never 0: the address of a thread-local.
+#[cfg(not(shuttle))]
 fn thread_token() -> u64 {
     thread_local!(static HERE: u8 = const { 0 });
     HERE.with(|here| std::ptr::from_ref(here).addr() as u64)
+}
+
+/// Threads of a shuttle run share one of the system's.
+#[cfg(shuttle)]
+fn thread_token() -> u64 {
+    usize::from(shuttle::current::me()) as u64 + 1
 }
 
 /// How a writer waits: spin as long as a 64 KiB copy takes, then give the processor away, then sleep.
@@ -319,9 +326,11 @@ impl Pause {
 
     /// One wait. Answers how long all of them took, once that is worth looking at.
     fn next(&mut self) -> Option<Duration> {
-        if cfg!(loom) {
+        if cfg!(any(loom, shuttle)) {
             #[cfg(loom)]
             loom::thread::yield_now();
+            #[cfg(shuttle)]
+            sys::thread::yield_now();
             return None;
         }
         self.rounds = self.rounds.saturating_add(1);

@@ -16,6 +16,8 @@ pub mod fail;
 mod guards;
 pub mod pause;
 #[cfg(feature = "std")]
+pub mod prim;
+#[cfg(feature = "std")]
 pub mod rank;
 #[cfg(feature = "std")]
 mod spanlock;

@@ -1,11 +1,20 @@
 //! Stopping a writer between two stores: in debug builds, code that edits shared tables calls [`pause`] before each store, and a test can
 //! have readers run there. That is a writer stopped at every step (I-15), without a second thread and without chance.
 //!
-//! In release builds, and without feature `std`, [`pause`] is nothing.
+//! In a shuttle run each pause is a place where another thread may go on. In release builds, and without feature `std`, [`pause`] is nothing.
 
 /// Whether somebody watches this thread's stores one by one, so that they must not be made several at a time.
 #[inline(always)]
 pub fn is_watched() -> bool {
+    #[cfg(shuttle)]
+    return true;
+    #[cfg(not(shuttle))]
+    is_hooked()
+}
+
+#[cfg(not(shuttle))]
+#[inline(always)]
+fn is_hooked() -> bool {
     #[cfg(all(debug_assertions, feature = "std", not(loom)))]
     return hooked::is_watched();
     #[cfg(not(all(debug_assertions, feature = "std", not(loom))))]
@@ -15,6 +24,9 @@ pub fn is_watched() -> bool {
 /// Called before a store that readers may see.
 #[inline(always)]
 pub fn pause() {
+    // A load that another thread may be run before.
+    #[cfg(shuttle)]
+    shuttle::sync::atomic::AtomicBool::new(false).load(core::sync::atomic::Ordering::SeqCst);
     #[cfg(all(debug_assertions, feature = "std", not(loom)))]
     hooked::pause();
 }

@@ -39,7 +39,7 @@ struct Entry<A> {
     ticket: u64,
     held: bool,
     #[cfg(debug_assertions)]
-    thread: std::thread::ThreadId,
+    thread: sys::thread::ThreadId,
 }
 
 /// What [`SpanLock::reserve`] could not have.
@@ -159,7 +159,7 @@ impl<A: Address> State<A> {
     /// A wait for the calling thread's own guard would never end.
     #[cfg(debug_assertions)]
     fn check_not_mine(&self, spans: &[Span<A>]) {
-        let me = std::thread::current().id();
+        let me = sys::thread::current().id();
         let mine = self.entries.iter().find(|entry| entry.held && entry.thread == me && !cfg!(loom) && meets(spans, entry.span));
         assert!(mine.is_none(), "this thread holds {:?} already and would wait for itself", mine.map(|entry| entry.span));
     }
@@ -171,7 +171,7 @@ impl<A: Address> State<A> {
             ticket,
             held,
             #[cfg(debug_assertions)]
-            thread: std::thread::current().id(),
+            thread: sys::thread::current().id(),
         }));
     }
 }

@@ -1,15 +1,26 @@
-//! The few primitives that a loom run replaces by its own, so that the code under test is the code that ships.
+//! The few primitives that a loom or shuttle run replaces by its own, so that the code under test is the code that ships.
 
 #[cfg(loom)]
 pub(crate) use loom::sync::{
     Condvar, Mutex, MutexGuard,
     atomic::{AtomicU64, Ordering, fence},
 };
-#[cfg(not(loom))]
+#[cfg(shuttle)]
+pub(crate) use shuttle::{
+    sync::{
+        Condvar, Mutex, MutexGuard,
+        atomic::{AtomicU64, Ordering, fence},
+    },
+    thread,
+};
+#[cfg(not(any(loom, shuttle)))]
 pub(crate) use std::sync::{
     Condvar, Mutex, MutexGuard,
     atomic::{AtomicU64, Ordering, fence},
 };
+
+#[cfg(not(shuttle))]
+pub(crate) use std::thread;
 
 use std::sync::PoisonError;
 
