@@ -1,13 +1,17 @@
 //! Random histories of one guest against a plain model: per page whose it is and what it says. After every step the audit is clean; every DMA
-//! is allowed or refused as the model says, and reads what the model says.
+//! is allowed or refused as the model says, and reads what the model says. A second IO address space, of a device that sees shared memory alone, maps and unmaps
+//! stretches of the same backing, and calls fail on the way. `LOCKSTEP_HISTORIES` asks for so many more histories of each kind.
 
 mod common;
 
 use addr::{Gpa, Iova, PAGE_LG2};
 use backing::{Backing, Frames};
 use common::{ASID, Guest, MIB, change, iova, span};
+use convert::{Auditor, PolicyRule};
+use ioas::{Ioas, Place};
 use iommu::Device;
 use lockstep_iommu::{ConvertError, Dma, Owner, Policy, Tdisp, Trust};
+use pt::Perm;
 use secure::RmpSize;
 use std::sync::Arc;
 
@@ -15,6 +19,7 @@ const STEPS: u32 = 2000;
 const FIRST: u64 = 4 * MIB;
 const MORE_AT: u64 = 8 * MIB;
 const MORE: u64 = 2 * MIB;
+const OTHER_AT: u64 = 1 << 32;
 const PAGE: u64 = 1 << PAGE_LG2;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -39,6 +44,10 @@ struct Run {
     pages: Vec<Model>,
     trusted: Option<(Arc<Device>, Dma)>,
     untrusted: Option<(Arc<Device>, Dma)>,
+    /// Shows stretches of the first memslot's backing from `OTHER_AT` on, where they are shared.
+    other: Arc<Ioas>,
+    mapped: Vec<(u64, u64)>,
+    third: Dma,
     random: fastrand::Rng,
     counts: [u64; 4],
 }
@@ -53,6 +62,10 @@ impl Run {
         let more = Backing::memfd(MORE, frames).unwrap();
         let with = |device: &Arc<Device>| Some((device.clone(), guest.context(device)));
         let (trusted, untrusted) = (with(&guest.trusted), with(&guest.untrusted));
+        let other = Ioas::new(guest.dma.iommu(), PolicyRule::new(Policy::SharedOnly, guest.dma.rmp()));
+        let device = guest.dma.iommu().device("third");
+        other.attach_device(&device).unwrap();
+        let third = Dma::new(&device).unwrap();
         let pages = vec![Model { is: Is::Shared, says: 0 }; ((FIRST + MORE) / PAGE) as usize];
         Self {
             guest,
@@ -62,6 +75,9 @@ impl Run {
             pages,
             trusted,
             untrusted,
+            other,
+            mapped: Vec::new(),
+            third,
             random: fastrand::Rng::with_seed(seed),
             counts: [0; 4],
         }
@@ -99,7 +115,7 @@ impl Run {
     }
 
     fn step(&mut self) {
-        match self.random.u8(..20) {
+        match self.random.u8(..23) {
             0..5 => self.convert(),
             5..7 => self.pvalidate(),
             7 => self.punch(),
@@ -109,7 +125,13 @@ impl Run {
             }
             10 => self.memory(),
             11 => self.device(),
-            _ => (0..4).for_each(|_| self.access()),
+            12 => self.map_elsewhere(),
+            13 => self.unmap_elsewhere(),
+            14 => self.convert_without_memory(),
+            _ => (0..4).for_each(|_| {
+                self.access();
+                self.access_elsewhere();
+            }),
         }
     }
 
@@ -131,6 +153,55 @@ impl Run {
         }
         assert_eq!(done.unwrap().pages, changed);
         self.counts[0] += changed;
+    }
+
+    /// The first fallible step of a conversion fails: nothing has changed.
+    fn convert_without_memory(&mut self) {
+        let (at, len) = self.stretch();
+        let to = if self.random.bool() { Owner::Private } else { Owner::Shared };
+        let plan = sync::fail::nth(1);
+        let done = self.guest.dma.convert(&[change(at, len, to)]);
+        let fired = plan.fired().is_some();
+        drop(plan);
+        assert_eq!(matches!(done, Err(ConvertError::Reserve { .. })), fired, "{done:?}");
+    }
+
+    fn map_elsewhere(&mut self) {
+        let (at, len) = self.stretch();
+        if at >= FIRST {
+            return;
+        }
+        let free = self.mapped.iter().all(|&(start, long)| at + len <= start || start + long <= at);
+        let done = self.other.map_file(&self.guest.backing, at, len, Place::Fixed(Iova::new(OTHER_AT + at)), Perm::RW);
+        assert_eq!(done.is_ok(), free, "{done:?}");
+        if free {
+            self.mapped.push((at, len));
+        }
+    }
+
+    fn unmap_elsewhere(&mut self) {
+        if self.mapped.is_empty() {
+            return;
+        }
+        let (at, len) = self.mapped.swap_remove(self.random.usize(..self.mapped.len()));
+        self.other.unmap(addr::Span::from_len(Iova::new(OTHER_AT + at), len).unwrap()).unwrap();
+    }
+
+    /// The device of the second address space.
+    fn access_elsewhere(&mut self) {
+        let at = self.random.u64(..FIRST / PAGE) * PAGE;
+        let model = self.pages[Self::index(at)];
+        let allowed = model.is == Is::Shared && self.mapped.iter().any(|&(start, len)| (start..start + len).contains(&at));
+        let mut bytes = [0; 8];
+        let done = self.third.read(Iova::new(OTHER_AT + at), &mut bytes);
+        assert_eq!(done.is_ok(), allowed, "{at:#x}, elsewhere: {model:?}, {done:?}");
+        assert_eq!(u64::from_le_bytes(bytes), if allowed { model.says } else { 0 });
+    }
+
+    fn clean(&self) {
+        self.guest.clean();
+        let report = Auditor::new(self.guest.dma.space()).audit(&self.other);
+        assert!(report.is_clean(), "{:#?}", report.differences);
     }
 
     fn pvalidate(&mut self) {
@@ -233,7 +304,7 @@ fn history(policy: Policy, frames: Frames, seed: u64) {
     let mut run = Run::new(policy, frames, seed);
     for _ in 0..STEPS {
         run.step();
-        run.guest.clean();
+        run.clean();
         run.counts[3] += 1;
     }
     let [changed, allowed, refused, audits] = run.counts;
@@ -241,20 +312,23 @@ fn history(policy: Policy, frames: Frames, seed: u64) {
     println!("{policy}, {frames:?}, seed {seed}: {changed} pages converted, DMA {allowed} allowed and {refused} refused, {audits} audits");
 }
 
+fn histories(policy: Policy, frames: fn(u64) -> Frames, first: u64) {
+    let more = std::env::var("LOCKSTEP_HISTORIES").ok().and_then(|text| text.parse().ok()).unwrap_or(0);
+    (first..first + 2).chain(100..100 + more).for_each(|seed| history(policy, frames(seed), seed));
+}
+
 #[test]
 fn mirror() {
-    history(Policy::Mirror, Frames::Contiguous, 1);
-    history(Policy::Mirror, Frames::Contiguous, 2);
+    histories(Policy::Mirror, |_| Frames::Contiguous, 1);
 }
 
 #[test]
 fn shared_only() {
-    history(Policy::SharedOnly, Frames::Contiguous, 3);
-    history(Policy::SharedOnly, Frames::Contiguous, 4);
+    histories(Policy::SharedOnly, |_| Frames::Contiguous, 3);
 }
 
 #[test]
 fn scattered() {
-    history(Policy::Mirror, Frames::Scattered { seed: 5 }, 5);
-    history(Policy::SharedOnly, Frames::Scattered { seed: 6 }, 6);
+    histories(Policy::Mirror, |seed| Frames::Scattered { seed }, 5);
+    histories(Policy::SharedOnly, |seed| Frames::Scattered { seed }, 6);
 }

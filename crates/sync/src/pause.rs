@@ -44,6 +44,7 @@ mod hooked {
         static HOOK: RefCell<Option<Box<dyn FnMut()>>> = const { RefCell::new(None) };
     }
 
+    #[cfg(not(shuttle))]
     pub(super) fn is_watched() -> bool {
         HOOKED.get()
     }
