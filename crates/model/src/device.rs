@@ -227,7 +227,9 @@ pub fn step(state: &mut State, index: usize, step: Move, fault: Option<Fault>) {
     let device = &mut state.devices[index];
     match (step, device.at) {
         (Move::Ack, _) => {
-            device.atc.invalidate(device.asked);
+            if fault != Some(Fault::AtsFalseAnswer) {
+                device.atc.invalidate(device.asked);
+            }
             let dropped = matches!(device.at, At::Answering(leaf) if leaf.covers() & device.asked != 0);
             if dropped && fault != Some(Fault::AtsKeepsAnswer) {
                 device.at = At::Out;

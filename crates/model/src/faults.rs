@@ -114,6 +114,8 @@ faults! {
     AtsTimeOutIgnored = "ats-time-out-ignored", I7, Ats;
     /// A device answers an invalidation with accesses of its own still under way.
     AtsAckEarly = "ats-ack-early", I7, Ats;
+    /// A device answers an invalidation and forgets nothing.
+    AtsFalseAnswer = "ats-false-answer", I7, Ats;
     /// A translation that was on its way to a device when that answered is kept.
     AtsKeepsAnswer = "ats-keeps-answer", I7, Ats;
 }

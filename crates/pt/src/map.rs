@@ -424,5 +424,10 @@ fn corrupt<F: Format>() -> u64 {
 /// Writes a run's leaves. Release: a device that sees a leaf sees what was done to its page before.
 #[inline(always)]
 fn write_run<F: Format>(entries: &[AtomicU64], run: Run, perm: Perm, corrupt: u64) {
-    write_leaves::<F>(entries, run.level, run.size, F::leaf(run.level, run.size, run.oa, perm) ^ corrupt);
+    let leaf = F::leaf(run.level, run.size, run.oa, perm);
+    write_leaves::<F>(entries, run.level, run.size, leaf);
+    if corrupt != 0 {
+        let slots = 1 << (run.size.0 - F::item_lg2(run.level));
+        write_leaves::<F>(&entries[..slots], run.level, run.size, leaf ^ corrupt);
+    }
 }

@@ -45,7 +45,7 @@ pub(crate) fn leaf(page: u64, lg2: u8) -> Span<Oa> {
 pub(crate) fn done<T>(mut attempt: impl FnMut() -> Result<T, Code>) -> T {
     loop {
         match attempt() {
-            Err(Code::FailInUse) => std::thread::yield_now(),
+            Err(Code::FailInUse | Code::FailOverlap) => std::thread::yield_now(),
             result => return result.unwrap(),
         }
     }
