@@ -11,6 +11,7 @@ use pt::{FormatKind, Gather, NoTable, Stock};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use sync::shard::Sharded;
 use sync::{Readers, fail};
 
 /// An IO page table that devices can be attached to.
@@ -25,8 +26,8 @@ pub struct Domain {
     log: Log,
     readers: Arc<Readers>,
     dirty: AtomicBool,
-    spans: AtomicU64,
-    graces: AtomicU64,
+    /// Grace periods that were waited for.
+    graces: Sharded<AtomicU64>,
 }
 
 /// What a domain's edits cost its readers.
@@ -53,8 +54,7 @@ impl Domain {
             log: Log::new(),
             readers: Arc::clone(readers),
             dirty: AtomicBool::new(false),
-            spans: AtomicU64::new(0),
-            graces: AtomicU64::new(0),
+            graces: Sharded::default(),
         })
     }
 
@@ -114,8 +114,7 @@ impl Domain {
         if fail::planted("iommu.skip_invalidate") {
             return;
         }
-        let logged = self.log.append(spans);
-        self.spans.fetch_add(logged, Ordering::Relaxed);
+        self.log.append(spans);
     }
 
     /// The second half of [`Domain::flush`]: until every guard that was open is left. Then finish the gather with a closure that does nothing.
@@ -127,7 +126,7 @@ impl Domain {
             return;
         }
         self.readers.grace(self.id);
-        self.graces.fetch_add(1, Ordering::Relaxed);
+        self.graces.mine().fetch_add(1, Ordering::Relaxed);
     }
 
     /// Cuts leaves so that `span`, which the caller holds, has borders of its own: [`pt::Table::cut`]. Where the format needs break-before-make
@@ -173,7 +172,7 @@ impl Domain {
 
     /// Spans logged and grace periods waited for so far.
     pub fn flush_stats(&self) -> FlushStats {
-        FlushStats { spans: self.spans.load(Ordering::Relaxed), graces: self.graces.load(Ordering::Relaxed) }
+        FlushStats { spans: self.log.head(), graces: self.graces.all().map(|graces| graces.load(Ordering::Relaxed)).sum() }
     }
 
     #[inline]
