@@ -9,6 +9,7 @@ use crate::revoke::Listeners;
 use crate::states::States;
 use crate::{Error, Frames, Layout, Owner, PageState, Runs, UserRegion, window};
 use addr::{Address, Hva, PAGE_BYTES, PAGE_LG2, Page, Span, SpanMap};
+use crossbeam_utils::sync::ShardedLock;
 use std::any::Any;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -58,7 +59,7 @@ pub struct Backing {
     permutation: Option<Permutation>,
     pub(crate) memory: Memory,
     /// What goes with this backing, one of a kind: see [`Backing::companion`].
-    companion: Mutex<Option<Weak<dyn Any + Send + Sync>>>,
+    companion: ShardedLock<Option<Weak<dyn Any + Send + Sync>>>,
     pub(crate) lock: SpanLock<Page>,
     pub(crate) states: States,
     pub(crate) listeners: Listeners,
@@ -136,7 +137,7 @@ impl Backing {
             frames: layout.frames,
             permutation,
             memory,
-            companion: Mutex::default(),
+            companion: ShardedLock::default(),
             lock: SpanLock::new(),
             states: States::new(pages, initial),
             listeners: Listeners::default(),
@@ -304,8 +305,12 @@ impl Backing {
     /// The one `T` that goes with this backing as long as anybody keeps it: what is there, or what `make` makes. A backing has room for one such
     /// type.
     pub fn companion<T: Any + Send + Sync>(&self, make: impl FnOnce() -> Arc<T>) -> Arc<T> {
-        let mut place = self.companion.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(Ok(found)) = place.as_ref().and_then(Weak::upgrade).map(Arc::downcast::<T>) {
+        let upgrade = |place: &Option<Weak<_>>| place.as_ref().and_then(Weak::upgrade).and_then(|any| Arc::downcast::<T>(any).ok());
+        if let Some(found) = upgrade(&self.companion.read().unwrap_or_else(PoisonError::into_inner)) {
+            return found;
+        }
+        let mut place = self.companion.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = upgrade(&place) {
             return found;
         }
         let made = make();

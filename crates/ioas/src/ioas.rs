@@ -4,6 +4,7 @@ use crate::area::{Area, Policy, Seats};
 use crate::placement::Space;
 use crate::{Accessor, Error, LeafRule};
 use addr::{Iova, Span};
+use crossbeam_utils::sync::ShardedLock;
 use iommu::{Device, Domain, Iommu};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
@@ -36,8 +37,8 @@ use sync::rank::{self, Rank, RankGuard};
 pub struct Ioas {
     pub(crate) iommu: Arc<Iommu>,
     pub(crate) policy: Arc<Policy>,
-    /// Rank [`Rank::Domains`]: read by whatever installs or removes areas, written by attach, detach and options.
-    domains: RwLock<Domains>,
+    /// Rank [`Rank::Domains`]: read by whatever installs or removes areas, so by many threads at once, written by attach, detach and options.
+    domains: ShardedLock<Domains>,
     /// Rank [`Rank::AreaTree`], taken after the domains.
     space: RwLock<Space>,
     tickets: AtomicU64,
@@ -94,7 +95,7 @@ impl Ioas {
         Arc::new(Self {
             iommu: Arc::clone(iommu),
             policy: Arc::new(Policy { rule, small_only: AtomicBool::new(false) }),
-            domains: RwLock::new(Domains::new(&no_seats)),
+            domains: ShardedLock::new(Domains::new(&no_seats)),
             space: RwLock::new(Space::new()),
             // 0 and 1 are area states.
             tickets: AtomicU64::new(2),

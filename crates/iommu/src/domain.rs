@@ -12,6 +12,7 @@ use pt::{FormatKind, Gather, NoTable, Stock};
 use std::fmt;
 use std::sync::Arc;
 use sync::prim::atomic::{AtomicBool, AtomicU64, Ordering};
+use sync::shard::Sharded;
 use sync::{Readers, fail};
 
 /// An IO page table that devices can be attached to.
@@ -28,8 +29,8 @@ pub struct Domain {
     ports: Members,
     readers: Arc<Readers>,
     dirty: AtomicBool,
-    spans: AtomicU64,
-    graces: AtomicU64,
+    /// Grace periods that were waited for.
+    graces: Sharded<AtomicU64>,
 }
 
 /// What a domain's edits cost its readers.
@@ -57,8 +58,7 @@ impl Domain {
             ports: Members::default(),
             readers: Arc::clone(readers),
             dirty: AtomicBool::new(false),
-            spans: AtomicU64::new(0),
-            graces: AtomicU64::new(0),
+            graces: Sharded::default(),
         })
     }
 
@@ -118,8 +118,7 @@ impl Domain {
         if fail::planted("iommu.skip_invalidate") {
             return;
         }
-        let logged = self.log.append(spans);
-        self.spans.fetch_add(logged, Ordering::Relaxed);
+        self.log.append(spans);
         if !self.ports.is_empty() {
             self.ports.send(&self.log);
         }
@@ -135,7 +134,7 @@ impl Domain {
             return;
         }
         self.readers.grace(self.id);
-        self.graces.fetch_add(1, Ordering::Relaxed);
+        self.graces.mine().fetch_add(1, Ordering::Relaxed);
         if !self.ports.is_empty() {
             self.ports.settle(self.id, &self.log);
         }
@@ -187,7 +186,7 @@ impl Domain {
 
     /// Spans logged and grace periods waited for so far.
     pub fn flush_stats(&self) -> FlushStats {
-        FlushStats { spans: self.spans.load(Ordering::Relaxed), graces: self.graces.load(Ordering::Relaxed) }
+        FlushStats { spans: self.log.head(), graces: self.graces.all().map(|graces| graces.load(Ordering::Relaxed)).sum() }
     }
 
     /// Shows what devices have translated of `span` in caches of their own and may still use: the device's number, the part, and where it leads.

@@ -37,6 +37,12 @@ pub enum Missed {
 /// What was cleared in a domain's table.
 pub struct Log {
     slots: Box<[Slot]>,
+    front: Front,
+}
+
+/// What writers pass each other. Alone, so that readers, who look at the head, find what else a domain has where they left it.
+#[repr(align(128))]
+struct Front {
     /// Spans logged so far.
     head: AtomicU64,
     writer: Mutex<()>,
@@ -51,19 +57,20 @@ impl Default for Log {
 impl Log {
     /// Nothing logged yet.
     pub fn new() -> Self {
-        Self { slots: (0..SLOTS).map(|_| Slot::empty()).collect(), head: AtomicU64::new(0), writer: Mutex::new(()) }
+        let front = Front { head: AtomicU64::new(0), writer: Mutex::new(()) };
+        Self { slots: (0..SLOTS).map(|_| Slot::empty()).collect(), front }
     }
 
     /// How much has been logged: the number a context keeps.
     #[inline]
     pub fn head(&self) -> u64 {
-        self.head.load(Ordering::Acquire)
+        self.front.head.load(Ordering::Acquire)
     }
 
     /// Logs the spans; they become visible together. Does not allocate. Answers how many there were.
     pub fn append(&self, spans: impl Iterator<Item = Span<Iova>>) -> u64 {
-        let _writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = self.head.load(Ordering::Relaxed);
+        let _writer = self.front.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = self.front.head.load(Ordering::Relaxed);
         let mut head = before;
         for span in spans {
             let slot = &self.slots[(head % SLOTS) as usize];
@@ -75,7 +82,7 @@ impl Log {
             slot.last.store(span.last().get(), Ordering::Relaxed);
             slot.number.store(head, Ordering::Relaxed);
         }
-        self.head.store(head, Ordering::Release);
+        self.front.head.store(head, Ordering::Release);
         head - before
     }
 

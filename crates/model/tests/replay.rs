@@ -88,7 +88,7 @@ impl Eye {
             0b10 => self.half(1),
             _ => Span::of(Page::new(0), Page::new(REAL - 1)),
         };
-        Span::of(Gpa::new(hull.start().get() << PAGE_LG2), Gpa::new((hull.last().get() + 1 << PAGE_LG2) - 1))
+        Span::of(Gpa::new(hull.start().get() << PAGE_LG2), Gpa::new(((hull.last().get() + 1) << PAGE_LG2) - 1))
     }
 
     /// `None` while something of a half differs from the rest of it.

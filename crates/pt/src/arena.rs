@@ -1,12 +1,15 @@
 //! Memory in which tables live: one slice of words, a table at every multiple of its size, and a free list that needs no memory of its own.
 //!
-//! The list's links stand beside the tables, never in them: a reader inside a guard may still look at a retired table.
+//! The list's links stand beside the tables, never in them: a reader inside a guard may still look at a retired table. There is a list for
+//! each of a few threads ([`sync::shard`]), so that threads that work on disjoint spans do not meet here: each takes fresh tables some at a
+//! time, gets back what it gave, and looks into the others' lists when there is nothing else.
 
 use crate::atomic::{AtomicU32, AtomicU64, Ordering};
 use addr::{Address, Oa};
 use alloc::sync::Arc;
 use core::fmt;
 use core::ops::Deref;
+use sync::shard::{SHARDS, Sharded};
 use thiserror::Error;
 
 /// No table is left in the arena, or the caller's fail plan said so.
@@ -23,16 +26,26 @@ const NONE: TableId = TableId::MAX;
 /// Link of a table that is in no list: someone took it to install it.
 const TAKEN: u64 = u64::MAX;
 
+/// Fresh tables that a thread takes at a time: as many as have their links on two cache lines.
+const FRESH: u32 = if SHARDS == 1 { 1 } else { 16 };
+
 /// The tables of any number of trees, in one slice of zeroed words. `W` owns the words: an anonymous mapping, or a box in tests.
 pub struct Arena<W> {
     words: W,
     base: Oa,
     words_lg2: u8,
     capacity: u32,
-    /// Head of the free list, and a tag against ABA in the upper half.
-    free: AtomicU64,
+    shelves: Sharded<Shelf>,
     /// Tables below this have been handed out before.
     fresh: AtomicU32,
+}
+
+/// One thread's part of the free tables.
+#[derive(Debug)]
+struct Shelf {
+    /// Head of a list, and a tag against ABA in the upper half.
+    free: AtomicU64,
+    /// Tables taken here, less those given back here. A table may be given back to another shelf, so only the sum says something.
     used: AtomicU32,
 }
 
@@ -47,15 +60,14 @@ impl<W: Deref<Target = [AtomicU64]>> Arena<W> {
             base,
             words_lg2,
             capacity: capacity.min(NONE as usize - 1) as u32,
-            free: AtomicU64::new(u64::from(NONE)),
+            shelves: Sharded::new(|| Shelf { free: AtomicU64::new(u64::from(NONE)), used: AtomicU32::new(0) }),
             fresh: AtomicU32::new(0),
-            used: AtomicU32::new(0),
         })
     }
 
     /// Tables handed out and not given back, those in a [`Stock`] included.
     pub fn tables_in_use(&self) -> u32 {
-        self.used.load(Ordering::Relaxed)
+        self.shelves.all().fold(0, |sum, shelf| sum.wrapping_add(shelf.used.load(Ordering::Relaxed)))
     }
 
     /// Tables that fit.
@@ -123,36 +135,68 @@ impl<W: Deref<Target = [AtomicU64]>> Arena<W> {
     }
 
     fn pop(&self) -> Result<TableId, NoTable> {
-        let mut head = self.free.load(Ordering::Acquire);
+        let own = self.shelves.mine();
+        let table = match self.pop_from(own) {
+            Some(table) => table,
+            None => self.pop_elsewhere(own).ok_or(NoTable { capacity: self.capacity })?,
+        };
+        own.used.fetch_add(1, Ordering::Relaxed);
+        Ok(table)
+    }
+
+    fn pop_from(&self, shelf: &Shelf) -> Option<TableId> {
+        let mut head = shelf.free.load(Ordering::Acquire);
         while head as TableId != NONE {
             let next = self.link(head as TableId).load(Ordering::Relaxed);
             let tagged = ((head >> 32).wrapping_add(1) << 32) | (next & u64::from(TableId::MAX));
-            match self.free.compare_exchange_weak(head, tagged, Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => return Ok(head as TableId),
+            match shelf.free.compare_exchange_weak(head, tagged, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return Some(head as TableId),
                 Err(now) => head = now,
             }
         }
-        let fresh = self.fresh.fetch_add(1, Ordering::Relaxed);
-        if fresh >= self.capacity {
-            self.fresh.fetch_sub(1, Ordering::Relaxed);
-            return Err(NoTable { capacity: self.capacity });
+        None
+    }
+
+    /// A table that nobody has had, with some more for the shelf, or one of another shelf.
+    #[cold]
+    fn pop_elsewhere(&self, own: &Shelf) -> Option<TableId> {
+        let mut first = self.fresh.load(Ordering::Relaxed);
+        while first < self.capacity {
+            let left = self.capacity - first;
+            // Towards the end one by one, so that none is on its way to a shelf when another thread asks for the last.
+            let taken = if left > 2 * SHARDS as u32 * FRESH { FRESH - first % FRESH } else { 1 };
+            match self.fresh.compare_exchange_weak(first, first + taken, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => {
+                    let mut more = List::new();
+                    (first + 1..first + taken).rev().for_each(|table| more.push(self, table));
+                    self.shelve(own, &mut more);
+                    return Some(first);
+                }
+                Err(now) => first = now,
+            }
         }
-        Ok(fresh)
+        self.shelves.all().find_map(|shelf| self.pop_from(shelf))
     }
 
     /// Gives a whole list back.
     pub(crate) fn splice(&self, list: &mut List) {
-        let Some((first, last, count)) = list.take_all() else { return };
-        let mut head = self.free.load(Ordering::Relaxed);
+        let own = self.shelves.mine();
+        let count = self.shelve(own, list);
+        own.used.fetch_sub(count, Ordering::Relaxed);
+    }
+
+    /// Empties a list into a shelf; answers how many tables were in it.
+    fn shelve(&self, shelf: &Shelf, list: &mut List) -> u32 {
+        let Some((first, last, count)) = list.take_all() else { return 0 };
+        let mut head = shelf.free.load(Ordering::Relaxed);
         loop {
             self.link(last).store(head & u64::from(TableId::MAX), Ordering::Relaxed);
             let tagged = ((head >> 32).wrapping_add(1) << 32) | u64::from(first);
-            match self.free.compare_exchange_weak(head, tagged, Ordering::AcqRel, Ordering::Relaxed) {
-                Ok(_) => break,
+            match shelf.free.compare_exchange_weak(head, tagged, Ordering::AcqRel, Ordering::Relaxed) {
+                Ok(_) => return count,
                 Err(now) => head = now,
             }
         }
-        self.used.fetch_sub(count, Ordering::Relaxed);
     }
 }
 
@@ -226,7 +270,6 @@ impl<W: Deref<Target = [AtomicU64]>> Stock<W> {
                 return Err(NoTable { capacity: self.arena.capacity });
             }
             let table = self.arena.pop()?;
-            self.arena.used.fetch_add(1, Ordering::Relaxed);
             self.list.push(&self.arena, table);
         }
         Ok(())
@@ -253,6 +296,8 @@ impl<W: Deref<Target = [AtomicU64]>> Stock<W> {
 
 impl<W: Deref<Target = [AtomicU64]>> Drop for Stock<W> {
     fn drop(&mut self) {
-        self.arena.splice(&mut self.list);
+        if !self.list.is_empty() {
+            self.arena.splice(&mut self.list);
+        }
     }
 }

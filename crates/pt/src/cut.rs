@@ -60,7 +60,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
         for end in ends.into_iter().flatten() {
             let before = cuts;
             let done = self.cut_at(top, level, end, want, stock, &mut flush, &mut cuts);
-            self.cuts.fetch_add(u64::from(cuts - before), Ordering::Relaxed);
+            self.counts.mine().cuts.fetch_add(u64::from(cuts - before), Ordering::Relaxed);
             done?;
         }
         Ok(cuts)

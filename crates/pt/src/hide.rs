@@ -88,7 +88,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
     }
 
     fn flush_broken(&self, whole: Span<Iova>, flush: Flush<'_>) {
-        self.breaks.fetch_add(1, Ordering::Relaxed);
+        self.counts.mine().breaks.fetch_add(1, Ordering::Relaxed);
         flush(whole);
     }
 }

@@ -28,7 +28,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
         if let (Some(part), Some(top)) = (span.intersect(Self::whole(level)), self.arena.table_at(top)) {
             self.merge_table(top, level, part, span, sizes.and(F::SIZES), gather, &mut flush, &mut merges);
             self.join_slots(top, level, part, sizes.and(F::SIZES), &mut flush, &mut merges);
-            self.merges.fetch_add(u64::from(merges), Ordering::Relaxed);
+            self.counts.mine().merges.fetch_add(u64::from(merges), Ordering::Relaxed);
         }
         merges
     }

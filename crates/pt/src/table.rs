@@ -11,6 +11,7 @@ use alloc::sync::Arc;
 use core::marker::PhantomData;
 use core::ops::Deref;
 use sync::pause::pause;
+use sync::shard::Sharded;
 
 /// One IO page table.
 ///
@@ -19,11 +20,24 @@ use sync::pause::pause;
 pub struct Table<F: Format, W: Deref<Target = [AtomicU64]>> {
     pub(crate) arena: Arc<Arena<W>>,
     top: AtomicU64,
-    /// Leaves cut and merged, for reports; the algorithm does not read them.
+    /// For reports; the algorithm does not read them. Apart from the top, which every walk reads.
+    pub(crate) counts: Sharded<Counts>,
+    format: PhantomData<F>,
+}
+
+/// What one thread's share of the edits came to.
+#[derive(Debug)]
+pub(crate) struct Counts {
     pub(crate) cuts: AtomicU64,
     pub(crate) merges: AtomicU64,
     pub(crate) breaks: AtomicU64,
-    format: PhantomData<F>,
+}
+
+impl Counts {
+    fn new() -> Self {
+        let [cuts, merges, breaks] = [0; 3].map(AtomicU64::new);
+        Self { cuts, merges, breaks }
+    }
 }
 
 /// A translation, as the walk found it.
@@ -84,8 +98,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
         let top = Stock::new(&arena).take()?;
         wipe(arena.entries(top));
         let word = arena.oa_of(top).get() | u64::from(level);
-        let [cuts, merges, breaks] = [0; 3].map(AtomicU64::new);
-        Ok(Self { arena, top: AtomicU64::new(word), cuts, merges, breaks, format: PhantomData })
+        Ok(Self { arena, top: AtomicU64::new(word), counts: Sharded::new(Counts::new), format: PhantomData })
     }
 
     /// Where the tables live.
@@ -210,18 +223,22 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
 
     /// Leaves cut since the table was made.
     pub fn cuts(&self) -> u64 {
-        self.cuts.load(Ordering::Relaxed)
+        self.count(|counts| &counts.cuts)
     }
 
     /// Leaves merged since the table was made.
     pub fn merges(&self) -> u64 {
-        self.merges.load(Ordering::Relaxed)
+        self.count(|counts| &counts.merges)
     }
 
     /// How often a leaf, or a run of leaves that become one, was hidden from devices and invalidated before it was changed. Stays 0 where
     /// [`Format::HITLESS`] allows changes in place.
     pub fn breaks(&self) -> u64 {
-        self.breaks.load(Ordering::Relaxed)
+        self.count(|counts| &counts.breaks)
+    }
+
+    fn count(&self, of: impl Fn(&Counts) -> &AtomicU64) -> u64 {
+        self.counts.all().map(|counts| of(counts).load(Ordering::Relaxed)).sum()
     }
 
     /// Bytes in this tree's tables. The caller holds the whole table.

@@ -169,7 +169,7 @@ impl<F: Format> Ground<F> {
         let mut slot = self.readers.slot();
         let mut random = fastrand::Rng::with_seed(seed);
         while !self.is_over() {
-            self.one_guard(&mut slot, &mut random);
+            (0..4).for_each(|_| self.one_guard(&mut slot, &mut random));
             // With fewer processors than threads, a reader had better wait for its turn here than inside a guard.
             std::thread::yield_now();
         }
@@ -229,7 +229,12 @@ impl<F: Format> Ground<F> {
             let lg2 = F::GRANULE_LG2 + [0, 1, 4, F::INDEX_LG2, F::INDEX_LG2 + 3][random.usize(..5)];
             Span::block(own.start().plus(random.u64(..len)), lg2)
         };
+        let mut edits = 0u32;
         while !self.is_over() {
+            edits += 1;
+            if edits.is_multiple_of(64) {
+                std::thread::yield_now();
+            }
             match random.u8(..16) {
                 0..4 => self.cut(inside(&mut random), &mut random, &mut stock),
                 4 => self.merge(if random.u8(..4) == 0 { own } else { inside(&mut random) }),
@@ -330,7 +335,10 @@ impl<F: Format> Ground<F> {
         // Leaves of one size are never cut.
         let cuts = if self.sizes.0.count_ones() > 1 { &c.cuts } else { &c.maps };
         let busy = [cuts, &c.maps, &c.dirty_reads, &c.writes, &c.found_in_places];
-        let is_enough = |started: Instant| started.elapsed() >= time && busy.iter().all(|counter| counter.load(Ordering::Relaxed) > 0);
+        let is_enough = |started: Instant| {
+            let all = busy.iter().all(|counter| counter.load(Ordering::Relaxed) > 0);
+            all && started.elapsed() >= time && c.translations.load(Ordering::Relaxed) >= 20_000
+        };
         std::thread::scope(|scope| {
             (0..2).for_each(|reader| _ = scope.spawn(move || self.read(seed + reader)));
             (0..WRITERS).for_each(|writer| _ = scope.spawn(move || self.edit(writer, seed + 2 + writer)));

@@ -128,7 +128,7 @@ fn the_top_grows_while_a_leaf_is_cut() {
 
 #[test]
 fn the_top_grows_while_a_leaf_is_broken() {
-    holds(2, growth_and_cut::<ToyBreaking>);
+    holds(3, growth_and_cut::<ToyBreaking>);
 }
 
 /// One thread cuts a leaf to have the first granule alone; another holds the last one, has no table to cut with, and sheds. The fault: it takes
@@ -230,7 +230,7 @@ fn merge_and_cut_of_neighbours<F: Format>(findings: Findings) {
 
 #[test]
 fn merge_beside_cut() {
-    holds(2, merge_and_cut_of_neighbours::<Toy>);
+    holds(3, merge_and_cut_of_neighbours::<Toy>);
 }
 
 #[test]
@@ -288,12 +288,12 @@ fn merge_and_revoke<F: Format>(findings: Findings) {
 
 #[test]
 fn merge_with_revoke() {
-    holds(2, merge_and_revoke::<Toy>);
+    holds(3, merge_and_revoke::<Toy>);
 }
 
 #[test]
 fn merge_with_revoke_where_leaves_are_broken() {
-    holds(1, merge_and_revoke::<ToyBreaking>);
+    holds(2, merge_and_revoke::<ToyBreaking>);
 }
 
 #[test]
@@ -331,5 +331,5 @@ fn merge_and_map_of_neighbours<F: Format>(findings: Findings) {
 
 #[test]
 fn merge_beside_map() {
-    holds(2, merge_and_map_of_neighbours::<Toy>);
+    holds(3, merge_and_map_of_neighbours::<Toy>);
 }

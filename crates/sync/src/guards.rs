@@ -10,7 +10,8 @@
 //! handshake by read-modify-writes alone does not do: the release store of `leave` ends the writer's release sequence, and a reader
 //! that leaves and enters again at the wrong moment would have acquired nothing.)
 
-use crate::sys::{self, AtomicU64, Mutex, Ordering, fence};
+use crate::shard::Sharded;
+use crate::sys::{self, AtomicU64, Mutex, MutexGuard, Ordering, fence};
 use crossbeam_utils::CachePadded;
 use std::cell::Cell;
 use std::fmt;
@@ -41,12 +42,16 @@ struct Word {
 /// readers.grace(7);
 /// ```
 pub struct Readers {
-    /// Replaced as a whole when a reader comes or goes, so that a grace period holds no lock while it waits.
-    list: Mutex<Arc<Vec<Arc<Word>>>>,
+    /// The same list in every shard, so that writers who look through it do not meet. Replaced as a whole when a reader comes or goes, so
+    /// that a grace period holds no lock while it waits.
+    lists: Sharded<Mutex<List>>,
+    /// Held while the list is replaced.
+    changes: Mutex<()>,
     stall: Mutex<StallWatch>,
     stalls: AtomicU64,
 }
 
+type List = Arc<Vec<Arc<Word>>>;
 type Hook = dyn Fn(&Stall) + Send + Sync;
 
 struct StallWatch {
@@ -76,7 +81,8 @@ impl Readers {
     /// Nobody yet. A guard is reported when a writer has waited a second for it.
     pub fn new() -> Self {
         let watch = StallWatch { after: Duration::from_secs(1), hook: None, latest: None };
-        Self { list: Mutex::new(Arc::default()), stall: Mutex::new(watch), stalls: AtomicU64::new(0) }
+        let lists = Sharded::new(|| Mutex::new(List::default()));
+        Self { lists, changes: Mutex::new(()), stall: Mutex::new(watch), stalls: AtomicU64::new(0) }
     }
 
     /// A place for one more reader; it is given back when the slot is dropped.
@@ -87,39 +93,55 @@ impl Readers {
     /// As [`Readers::slot`], with the name that a [`Stall`] shows.
     pub fn slot_named(self: &Arc<Self>, name: &str) -> Slot {
         let shared = Arc::new(Word { word: CachePadded::new(AtomicU64::new(0)), holder: AtomicU64::new(0), name: name.into() });
-        let mut list = sys::lock(&self.list);
-        let mut longer = Vec::with_capacity(list.len() + 1);
-        longer.extend(list.iter().cloned());
-        longer.push(Arc::clone(&shared));
-        *list = Arc::new(longer);
-        drop(list);
+        self.change(|list| {
+            let mut longer = Vec::with_capacity(list.len() + 1);
+            longer.extend(list.iter().cloned());
+            longer.push(Arc::clone(&shared));
+            longer
+        });
         Slot { shared, readers: Arc::clone(self), word: 0, not_sync: PhantomData }
     }
 
     fn remove(&self, shared: &Arc<Word>) {
-        let mut list = sys::lock(&self.list);
-        *list = Arc::new(list.iter().filter(|other| !Arc::ptr_eq(other, shared)).cloned().collect());
+        self.change(|list| list.iter().filter(|other| !Arc::ptr_eq(other, shared)).cloned().collect());
     }
 
-    fn snapshot(&self) -> Arc<Vec<Arc<Word>>> {
-        Arc::clone(&sys::lock(&self.list))
+    fn change(&self, change: impl FnOnce(&[Arc<Word>]) -> Vec<Arc<Word>>) {
+        let _changes = sys::lock(&self.changes);
+        let list = Arc::clone(&self.list());
+        let changed = List::new(change(&list));
+        for list in self.lists.all() {
+            *sys::lock(list) = Arc::clone(&changed);
+        }
+    }
+
+    fn list(&self) -> MutexGuard<'_, List> {
+        sys::lock(self.lists.mine())
     }
 
     /// Waits until every guard of `domain` that was open when this was called has been left. Does not allocate unless a
     /// guard has to be reported.
     ///
     /// What the caller unlinked or logged before is seen by every guard entered after this returns, and by no guard entered
-    /// before. A reader that registers meanwhile takes the list's lock after this did, so it sees it too.
+    /// before. A reader that registers meanwhile takes the lock of this list after this did, so it sees it too.
     ///
     /// # Panics
     /// When the calling thread itself holds a long guard of `domain`: it would wait for ever. Ask [`Readers::held_by_caller`] before anything
     /// is changed.
     pub fn grace(&self, domain: u32) {
-        let list = self.snapshot();
+        let list = self.list();
         fence(Ordering::SeqCst);
-        for reader in list.iter() {
+        let is_open = |reader: &Arc<Word>| {
             let seen = reader.word.load(Ordering::Acquire);
-            if inside(seen, domain) {
+            inside(seen, domain).then_some(seen)
+        };
+        let Some((at, seen)) = list.iter().enumerate().find_map(|(at, reader)| Some((at, is_open(reader)?))) else { return };
+        let waits_for = Arc::clone(&list);
+        drop(list);
+        self.wait_for(&waits_for[at], seen);
+        // Each word is looked at once: a guard that is entered from here on is none of this caller's business.
+        for reader in &waits_for[at + 1..] {
+            if let Some(seen) = is_open(reader) {
                 self.wait_for(reader, seen);
             }
         }
@@ -174,14 +196,12 @@ impl Readers {
     /// Whether this thread holds a long guard ([`Slot::hold`]) of `domain`, so that a grace period would wait for its own caller.
     pub fn held_by_caller(&self, domain: u32) -> bool {
         let me = thread_token();
-        self.snapshot()
-            .iter()
-            .any(|reader| reader.holder.load(Ordering::Relaxed) == me && inside(reader.word.load(Ordering::Relaxed), domain))
+        self.list().iter().any(|reader| reader.holder.load(Ordering::Relaxed) == me && inside(reader.word.load(Ordering::Relaxed), domain))
     }
 
     /// How many readers are registered.
     pub fn len(&self) -> usize {
-        sys::lock(&self.list).len()
+        self.list().len()
     }
 
     /// Whether no reader is registered.

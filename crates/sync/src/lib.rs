@@ -7,7 +7,9 @@
 //! - *rank*: a lock's place in the one order in which locks are taken (I-12).
 //! - *step*: a place that may fail, counted, so that a test can fail the n-th. *Planted fault*: misbehaviour that a detector must see.
 //!
-//! Without feature `std` only [`fail`] and [`pause`] are left, and nothing in them ever fires.
+//! - *shard*: a thread's own part of something that threads share.
+//!
+//! Without feature `std` only [`fail`], [`pause`] and [`shard`] are left; nothing in the first two ever fires, and the last has one part for all.
 
 #![cfg_attr(not(feature = "std"), no_std)]
 
@@ -19,6 +21,7 @@ pub mod pause;
 pub mod prim;
 #[cfg(feature = "std")]
 pub mod rank;
+pub mod shard;
 #[cfg(feature = "std")]
 mod spanlock;
 #[cfg(feature = "std")]

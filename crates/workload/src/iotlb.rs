@@ -23,7 +23,7 @@ pub(crate) fn sequence(pages: u64) -> Vec<Iova> {
 
 /// Where a page is: no two neighbours lie in a row. Any odd factor permutes the numbers below a power of two.
 fn frame(page: u64) -> u64 {
-    1 << 40 | (page.wrapping_mul(0x9e37_79b1) & 0xf_ffff) * K4
+    (1 << 40) | ((page.wrapping_mul(0x9e37_79b1) & 0xf_ffff) * K4)
 }
 
 /// The row: ours, with vm-memory's beside it.

@@ -1,9 +1,9 @@
 //! Several at once: what a reader notices of a writer, and what two writers on disjoint spans reach together.
 //!
 //! - Rows named `walk` and `translate` are readers. Each is measured alone and, in turns of the same run, beside a thread that edits at full
-//!   speed; the figures are percentiles ([`latency`]).
+//!   speed; the figures are percentiles (`latency`).
 //! - The others are writers, one and then two of them in turns of the same run; the figures are time per operation of both together, and how
-//!   many times one thread's rate that is ([`pair`]). Rows named `apart` share nothing at all: what two threads can reach on the machine.
+//!   many times one thread's rate that is (`pair`). Rows named `apart` share nothing at all: what two threads can reach on the machine.
 
 mod edits;
 mod latency;
