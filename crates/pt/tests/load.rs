@@ -53,7 +53,7 @@ struct Place {
 
 impl Place {
     fn oa(&self, generation: u64) -> Oa {
-        Oa::new(PLACE_FRAMES + (generation % GENERATIONS << GENERATION_LG2) + self.frames)
+        Oa::new(PLACE_FRAMES + ((generation % GENERATIONS) << GENERATION_LG2) + self.frames)
     }
 }
 
