@@ -44,7 +44,7 @@ struct lockstep_ioas_convert {
 /* Compare what is mapped with what the page tables and the secure world's table hold. */
 struct lockstep_ioas_audit {
 	__u32 size;
-	__u32 flags;      /* 0 */
+	__u32 flags;      /* LOCKSTEP_AUDIT_* */
 	__u32 ioas_id;
 	__u32 data_len;
 	__aligned_u64 data_uptr;
@@ -53,6 +53,8 @@ struct lockstep_ioas_audit {
 	__aligned_u64 out_entries;
 	__aligned_u64 out_differences;
 };
+/* All mapped memory has been written to, so that a hole in it is a loss. */
+#define LOCKSTEP_AUDIT_POPULATED 1
 #define LOCKSTEP_IOAS_AUDIT _IO(LOCKSTEP_TYPE, 0xe2)
 
 #endif

@@ -194,10 +194,12 @@ impl Context {
         lock(&self.guests).get(&asid).map(|guest| Arc::clone(&guest.space))
     }
 
-    /// Compares the tables of one IOAS.
-    pub(crate) fn audit(&self, ioas: &ioas::Ioas) -> AuditReport {
+    /// Compares the tables of one IOAS; with `populated`, holes in its memory count as well.
+    pub(crate) fn audit(&self, ioas: &ioas::Ioas, populated: bool) -> AuditReport {
         let guests: Vec<_> = lock(&self.guests).values().map(|guest| Arc::clone(&guest.space)).collect();
-        Auditor::of_guests(self.host().iommu().rmp(), guests.iter().map(|guest| &**guest)).audit(ioas)
+        let auditor = Auditor::of_guests(self.host().iommu().rmp(), guests.iter().map(|guest| &**guest));
+        let auditor = if populated { auditor.populated() } else { auditor };
+        auditor.audit(ioas)
     }
 
     /// The guests end with their context: what was theirs is the host's again.

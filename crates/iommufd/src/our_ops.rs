@@ -2,7 +2,7 @@
 
 use crate::ioas_ops::{FLAGS, RESERVED, check_clear, each_area};
 use crate::table::{Call, Reply};
-use crate::uapi::ours::{CONVERT_TO_PRIVATE, CONVERT_TO_SHARED, IoasAudit, IoasConvert, IoasCut};
+use crate::uapi::ours::{AUDIT_POPULATED, CONVERT_TO_PRIVATE, CONVERT_TO_SHARED, IoasAudit, IoasConvert, IoasCut};
 use crate::{Answer, Context, Host, Refusal, guests};
 use addr::{Address, Gpa, Iova, PAGE_LG2, Page, Span};
 use backing::{Backing, Kind, PageState};
@@ -108,9 +108,9 @@ fn check_area(area: &Area, part: Span<Iova>) -> Answer<Span<Page>> {
 }
 
 pub(crate) fn audit(call: &Arg<'_>, arg: &mut IoasAudit) -> Answer<Reply> {
-    check_clear(arg.flags.into(), FLAGS)?;
+    check_clear(u64::from(arg.flags & !AUDIT_POPULATED), FLAGS)?;
     let object = call.target.ioas(arg.ioas_id)?;
-    let report = call.target.audit(object.ioas());
+    let report = call.target.audit(object.ioas(), arg.flags & AUDIT_POPULATED != 0);
     (arg.out_areas, arg.out_leaves) = (object.ioas().areas().len() as u64, report.leaves);
     (arg.out_entries, arg.out_differences) = (report.entries, report.count);
     if arg.data_uptr != 0 {

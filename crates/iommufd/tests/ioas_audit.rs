@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 fn wrong_input_in_order() {
     let program = Program::new();
     let id = program.alloc();
-    let arg = IoasAudit { flags: 1, ioas_id: id + 1, data_uptr: 0x7777_0000, data_len: 100, ..Default::default() };
+    let arg = IoasAudit { flags: 2, ioas_id: id + 1, data_uptr: 0x7777_0000, data_len: 100, ..Default::default() };
     assert_eq!(errno(program.call(NR_AUDIT, arg)), Errno::OPNOTSUPP);
     assert_eq!(errno(program.call(NR_AUDIT, IoasAudit { flags: 0, ..arg })), Errno::NOENT);
     let arg = IoasAudit { flags: 0, ioas_id: id, ..arg };

@@ -16,6 +16,8 @@ pub const NR_AUDIT: u32 = 0xe2;
 pub const CONVERT_TO_PRIVATE: u32 = 1;
 /// Back to the host.
 pub const CONVERT_TO_SHARED: u32 = 2;
+/// All mapped memory has been written to, so that a hole in it is a loss.
+pub const AUDIT_POPULATED: u32 = 1;
 const CONVERT: Show = Show::Enum(&[(1, "PRIVATE"), (2, "SHARED")]);
 
 crate::uapi! {
