@@ -169,3 +169,12 @@ fn no_page_has_two_addresses() {
     guest.dma.remove_memory(Gpa::new(0)).unwrap();
     assert!(guest.dma.add_memory(Gpa::new(16 * MIB), 4 * MIB, &guest.backing, 0).is_err(), "a page that is still private, elsewhere");
 }
+
+/// A part of a large private entry is mapped anew: its leaf is small, so the entry has to be.
+#[test]
+fn a_part_of_a_large_entry_is_restored() {
+    let guest = Guest::new(4 * MIB, Frames::Contiguous, Policy::Mirror);
+    guest.convert(0, 2 * MIB, Owner::Private);
+    guest.dma.space().restore(span(0x3000, 0x2000)).unwrap();
+    guest.clean();
+}

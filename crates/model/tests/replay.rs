@@ -88,7 +88,7 @@ impl Eye {
             0b10 => self.half(1),
             _ => Span::of(Page::new(0), Page::new(REAL - 1)),
         };
-        Span::of(Gpa::new(hull.start().get() << PAGE_LG2), Gpa::new((hull.last().get() + 1 << PAGE_LG2) - 1))
+        Span::of(Gpa::new(hull.start().get() << PAGE_LG2), Gpa::new(((hull.last().get() + 1) << PAGE_LG2) - 1))
     }
 
     /// `None` while something of a half differs from the rest of it.
@@ -216,8 +216,8 @@ impl Pair {
             let host = &state.hosts[0];
             smashed |= host.at == Stage::SmashFlip;
             // What makes RMPUPDATE fail here would have made PSMASH fail before; a table that is missing makes a punch wider, not fail.
-            let hidden =
-                smashed && host.at == Stage::Switch || host.at == Stage::Discard && self.model.io == IoTable::Large && host.todo != ALL;
+            let narrow = self.model.io == IoTable::Large && host.todo != ALL;
+            let hidden = (smashed && host.at == Stage::Switch) || (host.at == Stage::Discard && narrow);
             if host.may_fail(&state) && !hidden && op != Op::Smash {
                 found.push((host.at, each(host.rest).next().unwrap_or(0)));
             }
