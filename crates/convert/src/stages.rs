@@ -6,6 +6,7 @@
 //! error says which pages are done.
 
 use crate::plan::{Fate, Held, Piece, Plan};
+use crate::smash::smash_held;
 use crate::space::{Transition, Watch};
 use crate::switch::{self, Failed};
 use crate::{Busy, Change, ConvertError, Owner, Space, Step};
@@ -122,6 +123,11 @@ impl Space {
         let mut edit = Edit::new();
         for held in plan.hold() {
             for (_, pages) in plan.pages_of(&held) {
+                // Of a large entry a part cannot be shown alone (I-5).
+                for block in switch::partial_blocks(&self.rmp, held.pages.backing(), pages) {
+                    smash_held(&self.rmp, held.pages.backing(), block)
+                        .map_err(|error| ConvertError::NotMapped { span, reason: error.to_string() })?;
+                }
                 let filled = held.pages.reserve(pages, Lg2::K4, &mut edit).and_then(|()| {
                     held.pages.clear(pages, &mut edit);
                     held.pages.fill(pages, &mut edit)

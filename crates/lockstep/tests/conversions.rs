@@ -206,3 +206,12 @@ fn steps_are_made_in_their_order() {
     guest.convert(0x5000, 0x1000, Owner::Private);
     assert_eq!(steps.lock().unwrap().len(), Step::ALL.len());
 }
+
+/// A part of a large private entry is mapped anew: its leaf is small, so the entry has to be.
+#[test]
+fn a_part_of_a_large_entry_is_restored() {
+    let guest = Guest::new(4 * MIB, Frames::Contiguous, Policy::Mirror);
+    guest.convert(0, 2 * MIB, Owner::Private);
+    guest.dma.space().restore(span(0x3000, 0x2000)).unwrap();
+    guest.clean();
+}

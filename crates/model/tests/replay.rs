@@ -216,8 +216,8 @@ impl Pair {
             let host = &state.hosts[0];
             smashed |= host.at == Stage::SmashFlip;
             // What makes RMPUPDATE fail here would have made PSMASH fail before; a table that is missing makes a punch wider, not fail.
-            let hidden =
-                smashed && host.at == Stage::Switch || host.at == Stage::Discard && self.model.io == IoTable::Large && host.todo != ALL;
+            let narrow = self.model.io == IoTable::Large && host.todo != ALL;
+            let hidden = (smashed && host.at == Stage::Switch) || (host.at == Stage::Discard && narrow);
             if host.may_fail(&state) && !hidden && op != Op::Smash {
                 found.push((host.at, each(host.rest).next().unwrap_or(0)));
             }
