@@ -11,8 +11,9 @@ use std::sync::{Mutex, PoisonError};
 /// Spans that the ring keeps: four batches of the largest size (253).
 const SLOTS: u64 = 1024;
 
-/// One logged span. `number` is its place in the log counted from 1; 0 while the slot is being written.
+/// One logged span. `number` is its place in the log counted from 1; 0 while the slot is being written. Never on two cache lines.
 #[derive(Default)]
+#[repr(align(32))]
 struct Slot {
     number: AtomicU64,
     start: AtomicU64,
