@@ -3,6 +3,7 @@
 //! The clock is looked at before and after a few translations, since a look costs more than a translation; it counts in full, and what it costs
 //! is among the figures. A percentile is that of such groups, per translation: one slow translation in a group counts as a part.
 
+use super::processors::{Apart, Processor};
 use crate::tree::{OA, span};
 use crate::{Error, Further, Work, choices, in_format};
 use addr::{Iova, Lg2, Oa, SizeSet};
@@ -11,7 +12,7 @@ use iommu::{Access, Config, Dma, Domain, Iommu, SystemRmp};
 use pt::{FormatKind, Gather, Perm, Stock};
 use std::hint::black_box;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use sync::Slot;
@@ -24,6 +25,8 @@ const AT: u64 = 1 << 36;
 /// Pages that the reader translates: their tables stay in the processor's own cache.
 const PAGES: u64 = 4096;
 const GROUP: u64 = 4;
+const EDITS_OF_A_ROUND: u64 = 9;
+const PACE: Duration = Duration::from_micros(100);
 const SEQUENCE: usize = 1 << 14;
 
 /// What the reader does.
@@ -42,16 +45,21 @@ pub(super) enum Where {
     Nowhere,
     /// Other spans of the same page table.
     Elsewhere,
+    /// The same, with pauses.
+    ElsewherePaced,
     /// Those, and it cuts and joins the leaf that the reader translates through.
     SameLeaf,
 }
 
 pub(super) struct Beside {
     reader: Reader,
-    writer: Option<Writer>,
+    writer: Option<(Writer, Apart)>,
     times: u64,
     alone: Histogram,
     beside: Histogram,
+    /// What the writer did meanwhile, and how long that was.
+    edits: u64,
+    edited_for: Duration,
 }
 
 impl Beside {
@@ -76,10 +84,13 @@ impl Beside {
         };
         let writer = match edits {
             Where::Nowhere => None,
-            _ => Some(Writer::new(move || hand.edit(edits))?),
+            _ => {
+                let (apart, processor) = Apart::new()?;
+                Some((Writer::new(move || hand.edit(edits), processor)?, apart))
+            }
         };
         let [alone, beside] = [0; 2].map(|_| Histogram::new());
-        Ok(Box::new(Self { reader, writer, times: 0, alone, beside }))
+        Ok(Box::new(Self { reader, writer, times: 0, alone, beside, edits: 0, edited_for: Duration::ZERO }))
     }
 }
 
@@ -90,11 +101,18 @@ impl Work for Beside {
             self.times = times;
             self.alone.clear();
             self.beside.clear();
+            (self.edits, self.edited_for) = (0, Duration::ZERO);
         }
         let alone = self.reader.run(times, &mut self.alone);
-        let Some(writer) = &self.writer else { return alone };
+        let Some((writer, _)) = &self.writer else { return alone };
         writer.turn(EDITS);
-        let beside = self.reader.run(times, &mut self.beside);
+        let before = writer.turns.rounds.load(Ordering::Relaxed);
+        let (beside, whole) = {
+            let start = Instant::now();
+            (self.reader.run(times, &mut self.beside), start.elapsed())
+        };
+        self.edits += EDITS_OF_A_ROUND * (writer.turns.rounds.load(Ordering::Relaxed) - before);
+        self.edited_for += whole;
         writer.turn(RESTS);
         beside
     }
@@ -111,6 +129,7 @@ impl Work for Beside {
             figures.push(Further::new("p99_alone_ns", self.alone.percentile(99.0)));
             figures.push(Further::new("p99.9_alone_ns", self.alone.percentile(99.9)));
             figures.push(Further::new("p99_ratio", measured.percentile(99.0) / self.alone.percentile(99.0)));
+            figures.push(Further::new("edit_ns", self.edited_for.as_nanos() as f64 / self.edits as f64));
         }
         figures.push(Further::new("clock_ns", clock_ns() / GROUP as f64));
         figures
@@ -235,8 +254,9 @@ impl Hand {
         self.domain.flush(gather);
     }
 
-    /// One of everything.
+    /// [`EDITS_OF_A_ROUND`] edits, of every kind.
     fn edit(&mut self, edits: Where) {
+        let start = Instant::now();
         let cut = if edits == Where::SameLeaf { AT } else { AT + G1 };
         self.cut(cut + 7 * K4);
         self.cut(cut + 3 * M2 + 9 * K4);
@@ -249,6 +269,9 @@ impl Hand {
         self.map(AT + 2 * G1 + 8 * M2, M2, OA, SizeSet::ALL);
         self.unmap(AT + 2 * G1 + 8 * M2, M2);
         self.merge(cut);
+        while edits == Where::ElsewherePaced && start.elapsed() < PACE {
+            std::hint::spin_loop();
+        }
     }
 }
 
@@ -266,17 +289,23 @@ struct Writer {
 struct Turns {
     wanted: AtomicU8,
     now: AtomicU8,
+    rounds: AtomicU64,
 }
 
 impl Writer {
-    fn new(mut edit: impl FnMut() + Send + 'static) -> Result<Self, Error> {
+    fn new(mut edit: impl FnMut() + Send + 'static, processor: Processor) -> Result<Self, Error> {
         let turns = Arc::new(Turns::default());
         let own = Arc::clone(&turns);
         let work = move || {
+            let placed = processor.stay();
+            assert!(placed.is_ok(), "{placed:?}");
             loop {
                 let wanted = own.wanted.load(Ordering::Acquire);
                 match wanted {
-                    EDITS => edit(),
+                    EDITS => {
+                        edit();
+                        own.rounds.fetch_add(1, Ordering::Relaxed);
+                    }
                     ENDS => break,
                     _ => {}
                 }

@@ -3,6 +3,7 @@
 //! Both begin when both are awake, so the time of waking a thread is not in the figure. Samples of one thread and of two take turns, so
 //! that what else the host does meets both alike, and the figure is the median of the ratios.
 
+use super::processors::{Apart, Processor};
 use crate::{Error, Further, Work, timed};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -24,12 +25,14 @@ pub(super) struct Pair {
     ratios: Vec<f64>,
     /// Whether the goal holds for it, or it says what the machine can do.
     is_ceiling: bool,
+    _apart: Apart,
 }
 
 impl Pair {
     pub(super) fn work([own, other]: [Task; 2], is_ceiling: bool) -> Result<Box<dyn Work>, Error> {
-        let other = Other::new(other)?;
-        Ok(Box::new(Self { own, other, times: 0, alone_ns: Vec::new(), ratios: Vec::new(), is_ceiling }))
+        let (apart, processor) = Apart::new()?;
+        let other = Other::new(other, processor)?;
+        Ok(Box::new(Self { own, other, times: 0, alone_ns: Vec::new(), ratios: Vec::new(), is_ceiling, _apart: apart }))
     }
 }
 
@@ -59,6 +62,40 @@ impl Work for Pair {
     }
 }
 
+/// Two threads that write to one word in turns, and do nothing else: what passing a cache line to another processor takes on the machine. What
+/// threads share costs them this, each time.
+pub(super) struct Handover {
+    own: Task,
+    other: Other,
+    _apart: Apart,
+}
+
+impl Handover {
+    pub(super) fn work() -> Result<Box<dyn Work>, Error> {
+        let word = Arc::new(AtomicU64::new(0));
+        let [own, other] = [0, 1].map(|parity| -> Task {
+            let word = Arc::clone(&word);
+            Box::new(move |times| {
+                for _ in 0..times {
+                    while word.load(Ordering::Acquire) % 2 != parity {
+                        std::hint::spin_loop();
+                    }
+                    word.fetch_add(1, Ordering::Release);
+                }
+            })
+        });
+        let (apart, processor) = Apart::new()?;
+        Ok(Box::new(Self { own, other: Other::new(other, processor)?, _apart: apart }))
+    }
+}
+
+impl Work for Handover {
+    fn run(&mut self, times: u64) -> Duration {
+        let half = times.div_ceil(2);
+        self.other.beside(half, &mut self.own).mul_f64(times as f64 / (2 * half) as f64)
+    }
+}
+
 fn median(samples: &[f64]) -> f64 {
     let mut samples = samples.to_vec();
     samples.sort_by(f64::total_cmp);
@@ -77,16 +114,17 @@ struct Shared {
     asked: AtomicU64,
     awake: AtomicBool,
     go: AtomicBool,
-    /// How long it took, and 1; 0 until then.
-    took_ns: AtomicU64,
+    done: AtomicBool,
     stop: AtomicBool,
 }
 
 impl Other {
-    fn new(mut task: Task) -> Result<Self, Error> {
+    fn new(mut task: Task, processor: Processor) -> Result<Self, Error> {
         let shared = Arc::new(Shared::default());
         let own = Arc::clone(&shared);
         let work = move || {
+            let placed = processor.stay();
+            assert!(placed.is_ok(), "{placed:?}");
             while !own.stop.load(Ordering::Acquire) {
                 let times = own.asked.swap(0, Ordering::Acquire);
                 if times == 0 {
@@ -95,22 +133,31 @@ impl Other {
                 }
                 own.awake.store(true, Ordering::Release);
                 spin(|| own.go.swap(false, Ordering::Acquire));
-                let took = timed(|| task(times));
-                own.took_ns.store(took.as_nanos() as u64 + 1, Ordering::Release);
+                task(times);
+                own.done.store(true, Ordering::Release);
             }
         };
         Ok(Self { shared, thread: Some(std::thread::Builder::new().name("second".into()).spawn(work)?) })
     }
 
-    /// Runs `own` here and the task there, `times` times each, at once. Answers the longer time of the two.
+    /// Runs `own` here and the task there, `times` times each, at once. Answers the time until both are done.
     fn beside(&self, times: u64, own: &mut Task) -> Duration {
         self.shared.asked.store(times, Ordering::Release);
         self.thread.iter().for_each(|thread| thread.thread().unpark());
-        spin(|| self.shared.awake.swap(false, Ordering::Acquire));
-        self.shared.go.store(true, Ordering::Release);
-        let here = timed(|| own(times));
-        spin(|| self.shared.took_ns.load(Ordering::Acquire) != 0);
-        here.max(Duration::from_nanos(self.shared.took_ns.swap(0, Ordering::Relaxed)))
+        self.wait_for(&self.shared.awake);
+        timed(|| {
+            self.shared.go.store(true, Ordering::Release);
+            own(times);
+            self.wait_for(&self.shared.done);
+        })
+    }
+
+    fn wait_for(&self, flag: &AtomicBool) {
+        spin(|| {
+            let gone = self.thread.as_ref().is_none_or(JoinHandle::is_finished);
+            assert!(!gone, "the second thread failed");
+            flag.swap(false, Ordering::Acquire)
+        });
     }
 }
 
