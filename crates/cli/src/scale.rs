@@ -57,7 +57,7 @@ fn run(options: &BenchArgs) -> Result<bool, workload::Error> {
         return Err(format!("no study's name contains '{}'; there are {}", options.only, names.join(", ")).into());
     }
     if todo.is_empty() {
-        return Err("nothing is that small: --memory begins at 1M, and at 16M for guests; --areas begins at 100".into());
+        return Err("nothing is that small: --memory begins at 1M, or at 16M for guests, and --areas at 100".into());
     }
     // Draws on a terminal only.
     let bar = ProgressBar::new(todo.len() as u64);

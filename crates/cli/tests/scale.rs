@@ -16,7 +16,7 @@ fn a_report_has_every_study_that_is_within_the_limits() {
     for (name, axis, size, unit) in [
         ("pt_scattered_walk", "mapped bytes", 1 << 20, "ns/call"),
         ("pt_scattered_tables", "mapped bytes", 1 << 20, "bytes/GiB"),
-        ("ioas_contiguous_attach_second", "mapped bytes", 1 << 20, "ns/leaf"),
+        ("ioas_scattered_attach_second", "mapped bytes", 1 << 20, "ns/page"),
         ("areas_auto_map", "areas", 100, "ns/call"),
         ("private_pages_request_to_private", "private pages", 100, "ns/page"),
     ] {
@@ -24,7 +24,7 @@ fn a_report_has_every_study_that_is_within_the_limits() {
         assert_eq!((&point["axis"], &point["size"], &point["unit"]), (&axis.into(), &size.into(), &unit.into()));
         assert!(point["median"].as_f64().is_some_and(|median| median > 0.0), "{point}");
     }
-    // They begin at 16 MiB.
+    // They begin at 4 MiB.
     assert!(!points.iter().any(|point| point["name"].as_str().is_some_and(|name| name.starts_with("guest_"))));
     assert_eq!(report["verdicts"], Value::Array(Vec::new()));
     assert!(report["access"].as_array().is_some_and(|access| access.len() > 3));
@@ -49,7 +49,7 @@ fn sizes_beyond_a_format_are_left_out() {
     let output = bench(&["scale", "--only", "pt_contiguous", "--format", "sv39", "--json"]);
     let report: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
     let sizes = |list: &str| report[list].as_array().map(|all| all.iter().filter_map(|one| one["size"].as_u64()).max());
-    assert_eq!(sizes("points"), Some(Some(64 << 30)), "{report}");
+    assert_eq!(sizes("points"), Some(Some(2 << 30)), "{report}");
     assert_eq!(sizes("skipped"), Some(Some(1 << 40)));
     assert!(String::from_utf8_lossy(&output.stderr).contains("is left out"), "{output:?}");
 }

@@ -50,12 +50,6 @@ impl Axis {
         let (whole, unit) = (size >> (10 * step), UNITS[step]);
         format!("{whole} {unit}B")
     }
-
-    /// The sizes from `least` to `most`.
-    fn sizes(self, least: u64, most: u64) -> impl Iterator<Item = u64> {
-        let step = if self == Self::Mapped { 16 } else { 10 };
-        std::iter::successors(Some(least), move |size| size.checked_mul(step)).take_while(move |size| *size <= most)
-    }
 }
 
 /// How far studies go.
@@ -153,7 +147,8 @@ pub struct Study {
     pub name: &'static str,
     /// What grows.
     pub axis: Axis,
-    least: u64,
+    /// The smallest size, and how often each goes into the next.
+    sizes: (u64, u64),
     /// Roughly the memory that it takes at a size.
     needs: fn(u64) -> u64,
     run: fn(FormatKind, u64, &mut Meter) -> Result<(), Error>,
@@ -168,7 +163,8 @@ impl Study {
     /// Its sizes within `limits`, ascending.
     pub fn sizes(&self, limits: &Limits) -> Vec<u64> {
         let most = if self.axis == Axis::Mapped { limits.mapped } else { limits.count };
-        self.axis.sizes(self.least, most).collect()
+        let (least, step) = self.sizes;
+        std::iter::successors(Some(least), |size| size.checked_mul(step)).take_while(|size| *size <= most).collect()
     }
 
     /// Why it cannot run at this size; `None` when it can.
@@ -193,6 +189,13 @@ impl Study {
         Ok(meter.into_points())
     }
 }
+
+/// Sizes of what is mapped in small leaves.
+const SMALL_LEAVES: (u64, u64) = (1 << 20, 16);
+/// Sizes of what is mapped in large ones: in steps of a whole level of the tables, so that leaves take equally many slots at each size. A cut or a merge
+/// costs more the more slots there are, up to half a table, and then begins anew one level higher.
+const LARGE_LEAVES: (u64, u64) = (4 << 20, 512);
+const COUNTS: (u64, u64) = (100, 10);
 
 /// Memory that is left to others.
 const MARGIN: u64 = 512 << 20;
@@ -241,10 +244,15 @@ mod tests {
     }
 
     #[test]
+    fn all_go_to_the_limits() {
+        for study in studies() {
+            let sizes = study.sizes(&Limits::default());
+            assert!(sizes.len() >= 3 && [1 << 40, 1_000_000].contains(&sizes[sizes.len() - 1]), "{}: {sizes:?}", study.name);
+        }
+    }
+
+    #[test]
     fn sizes_in_words() {
         assert_eq!([1 << 40, 1 << 20, 1 << 36].map(|size| Axis::Mapped.words(size)), ["1 TiB", "1 MiB", "64 GiB"]);
-        let sizes: Vec<u64> = Axis::Mapped.sizes(1 << 20, 1 << 40).collect();
-        assert_eq!(sizes, [1 << 20, 1 << 24, 1 << 28, 1 << 32, 1 << 36, 1 << 40]);
-        assert_eq!(Axis::Areas.sizes(100, 1_000_000).collect::<Vec<_>>(), [100, 1000, 10_000, 100_000, 1_000_000]);
     }
 }

@@ -3,7 +3,7 @@
 
 use super::meter::Meter;
 use super::space::space;
-use super::{Axis, BATCH, K4, Study, Unit, small_leaf_tables};
+use super::{Axis, BATCH, COUNTS, K4, Study, Unit, small_leaf_tables};
 use crate::{Error, timed};
 use addr::{Iova, Span};
 use backing::{Backing, Frames};
@@ -18,7 +18,7 @@ const STRIDE: u64 = 4 * K4;
 pub(super) fn studies() -> Vec<Study> {
     // An area, its tables, and entries for it in two trees; found places are packed.
     let needs = |count| small_leaf_tables(2 * count * STRIDE) + count * 1024;
-    let study = |name, run| Study { name, axis: Axis::Areas, least: 100, needs, run };
+    let study = |name, run| Study { name, axis: Axis::Areas, sizes: COUNTS, needs, run };
     vec![study("areas_fixed", fixed), study("areas_auto", auto), study("areas_one_page", one_page), study("areas_copies", copies)]
 }
 

@@ -2,7 +2,7 @@
 //! attributes itself, so this is the cost of the transaction without KVM.
 
 use super::meter::Meter;
-use super::{Axis, BATCH, G1, K4, Study, Unit, small_leaf_tables, some};
+use super::{Axis, BATCH, COUNTS, G1, K4, LARGE_LEAVES, Study, Unit, small_leaf_tables, some};
 use crate::{Error, in_format, timed};
 use addr::{Gpa, Iova, Span};
 use backing::{Backing, Frames};
@@ -13,7 +13,6 @@ use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Duration;
 
-const LEAST: u64 = 16 << 20;
 /// Entries of one page state change request (GHCB).
 const REQUEST: u64 = 253;
 /// Guest whose private pages are counted.
@@ -24,15 +23,15 @@ const POOL: u64 = 1 << 14;
 const HOT: u64 = 64;
 
 pub(super) fn studies() -> Vec<Study> {
-    let mapped = |name, needs, run| Study { name, axis: Axis::Mapped, least: LEAST, needs, run };
+    let mapped = |name, sizes, needs, run| Study { name, axis: Axis::Mapped, sizes, needs, run };
     // Half of the RMP's pages hold the entries of 2 MiB.
     let private = |size: u64| size / 512 + (256 << 20);
     let counted = |count: u64| count * 1024 + COUNTED / 256 + small_leaf_tables(COUNTED);
     vec![
-        mapped("guest_scattered", small_leaf_tables, scattered),
-        mapped("guest_contiguous", |_| 1 << 30, contiguous),
-        mapped("guest_private", private, all_private),
-        Study { name: "private_pages", axis: Axis::Private, least: 100, needs: counted, run: private_pages },
+        mapped("guest_scattered", (16 << 20, 16), small_leaf_tables, scattered),
+        mapped("guest_contiguous", LARGE_LEAVES, |_| 1 << 30, contiguous),
+        mapped("guest_private", (16 << 20, 16), private, all_private),
+        Study { name: "private_pages", axis: Axis::Private, sizes: COUNTS, needs: counted, run: private_pages },
     ]
 }
 

@@ -1,7 +1,7 @@
 //! One area over all of a backing: mapped, shown in a second domain, and taken out again.
 
 use super::meter::Meter;
-use super::{Axis, G1, K4, Study, Unit, small_leaf_tables};
+use super::{Axis, G1, K4, LARGE_LEAVES, SMALL_LEAVES, Study, Unit, small_leaf_tables};
 use crate::{Error, in_format, timed};
 use addr::{Iova, Span};
 use backing::{Backing, Frames};
@@ -11,14 +11,18 @@ use pt::{FormatKind, Perm};
 use std::sync::Arc;
 use std::time::Duration;
 
-const LEAST: u64 = 1 << 20;
-
 pub(super) fn studies() -> Vec<Study> {
     let scattered = |format, size, meter: &mut Meter| whole(format, size, Frames::Scattered { seed: 1 }, meter);
     let contiguous = |format, size, meter: &mut Meter| whole(format, size, Frames::Contiguous, meter);
     vec![
-        Study { name: "ioas_scattered", axis: Axis::Mapped, least: LEAST, needs: |size| 2 * small_leaf_tables(size), run: scattered },
-        Study { name: "ioas_contiguous", axis: Axis::Mapped, least: LEAST, needs: |_| LEAST, run: contiguous },
+        Study {
+            name: "ioas_scattered",
+            axis: Axis::Mapped,
+            sizes: SMALL_LEAVES,
+            needs: |size| 2 * small_leaf_tables(size),
+            run: scattered,
+        },
+        Study { name: "ioas_contiguous", axis: Axis::Mapped, sizes: LARGE_LEAVES, needs: |_| 1 << 20, run: contiguous },
     ]
 }
 

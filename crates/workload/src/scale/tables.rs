@@ -1,7 +1,7 @@
 //! One page table alone, without invalidation and grace: all of it in 4 KiB leaves in no order, or in the largest leaves there are.
 
 use super::meter::Meter;
-use super::{Axis, BATCH, G1, K4, Study, Unit, small_leaf_tables, some};
+use super::{Axis, BATCH, G1, K4, LARGE_LEAVES, SMALL_LEAVES, Study, Unit, small_leaf_tables, some};
 use crate::tree::{OA, Tree};
 use crate::{Error, timed};
 use addr::{Lg2, Page, SizeSet};
@@ -11,13 +11,11 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 const SMALL: SizeSet = SizeSet::only(Lg2::K4);
-const LEAST: u64 = 1 << 20;
 
 pub(super) fn studies() -> Vec<Study> {
     vec![
-        Study { name: "pt_scattered", axis: Axis::Mapped, least: LEAST, needs: small_leaf_tables, run: scattered },
-        // Below that not even one table is full.
-        Study { name: "pt_contiguous", axis: Axis::Mapped, least: 16 * LEAST, needs: |_| LEAST, run: contiguous },
+        Study { name: "pt_scattered", axis: Axis::Mapped, sizes: SMALL_LEAVES, needs: small_leaf_tables, run: scattered },
+        Study { name: "pt_contiguous", axis: Axis::Mapped, sizes: LARGE_LEAVES, needs: |_| 1 << 20, run: contiguous },
     ]
 }
 

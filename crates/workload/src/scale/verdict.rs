@@ -7,7 +7,7 @@
 //!
 //! where `access` is what one random access costs on this machine into as much memory as the structures take at that size, measured in the same run, and
 //! costs are those of the best samples. Bytes have no second summand. Every size must cost no more than one of the smaller sizes allows, and the largest no
-//! more than the smallest allows. "One of", because large leaves make costs go up and down with the number of slots that a leaf takes. A cost that grows with
+//! more than the smallest allows. A cost that grows with
 //! N, or with its root, breaks this as soon as the part that grows is most of the cost.
 
 use super::{Access, Axis, Point, Unit};
@@ -97,7 +97,7 @@ mod tests {
             let best = cost(things) + 20.0 * access.ns(resident);
             Point { name: "op".into(), axis: Axis::Areas, size, unit: Unit::NsPerCall, best, median: best, samples: 1, resident }
         };
-        let points: Vec<Point> = Axis::Areas.sizes(100, 1_000_000).map(point).collect();
+        let points: Vec<Point> = [100, 1000, 10_000, 100_000, 1_000_000].map(point).into();
         let all = verdicts(&points, &access);
         assert_eq!(all.len(), 1);
         all[0].clone()
