@@ -24,10 +24,10 @@ use crate::Device;
 use addr::{Iova, Span};
 use cache::Cache;
 use iotlb::{Log, Missed};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError, Weak};
 use std::time::{Duration, Instant};
 use sync::fail;
+use sync::prim::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
 /// What the caches of a device had to forget so far, and how it went.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
