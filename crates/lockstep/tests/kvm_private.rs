@@ -375,7 +375,9 @@ fn moments(machine: &Machine, to: Owner) -> Vec<Seen> {
     machine.dma.space().on_transition(move |transition| {
         let space = space.upgrade().unwrap();
         count.fetch_add(Auditor::new(&space).check_transition(transition).count, Ordering::Relaxed);
-        look(Moment::After(transition.step()));
+        if (transition.is_detached() || transition.is_done()) && transition.step() != Step::Settle {
+            look(Moment::After(transition.step()));
+        }
     });
     machine.convert(AT, PAGES * 0x1000, to);
     machine.dma.space().on_transition(|_| {});
