@@ -332,7 +332,7 @@ fn run(enough_moves: u64, devices: u64, silent: bool) -> Outcome {
         map_in(&domain, at(page), machine.oa(offset(page, 0)), 0x1000, Perm::RW, sizes);
     }
     let (accesses, stale, stop) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
-    let (mut moves, mut quarantines) = (0, 0);
+    let (mut moves, mut quarantines) = (0, 0u64);
     std::thread::scope(|scope| {
         let mut all = Vec::new();
         for reader in 0..devices {
@@ -369,9 +369,11 @@ fn run(enough_moves: u64, devices: u64, silent: bool) -> Outcome {
         let mut random = fastrand::Rng::with_seed(99);
         let mut colours = [0; PAGES as usize];
         let give_up = Instant::now() + Duration::from_secs(60);
-        // Both must have had their turn.
-        let short = |moves| moves < enough_moves || accesses.load(Ordering::Relaxed) < 10_000;
-        while short(moves) && stale.load(Ordering::Relaxed) == 0 && Instant::now() < give_up {
+        // All that is asked about must have had its turn, however the threads are scheduled.
+        let short = |moves, quarantines| {
+            moves < enough_moves || accesses.load(Ordering::Relaxed) < 10_000 || (silent && quarantines == 0)
+        };
+        while short(moves, quarantines) && stale.load(Ordering::Relaxed) == 0 && Instant::now() < give_up {
             let page = random.u64(0..PAGES);
             let (old, new) = (colours[page as usize], 1 - colours[page as usize]);
             let mut gather = Gather::new();
@@ -385,6 +387,7 @@ fn run(enough_moves: u64, devices: u64, silent: bool) -> Outcome {
             if moves % 8 == 0 {
                 std::thread::yield_now();
                 if silent {
+                    quarantines = all.iter().map(|device| device.ats().quarantines).sum();
                     all.iter().filter(|device| device.is_quarantined()).for_each(|device| device.reset().unwrap());
                 }
             }

@@ -19,7 +19,7 @@ pub(crate) use std::sync::{
     atomic::{AtomicU64, Ordering, fence},
 };
 
-#[cfg(not(shuttle))]
+#[cfg(all(not(shuttle), debug_assertions))]
 pub(crate) use std::thread;
 
 use std::sync::PoisonError;
