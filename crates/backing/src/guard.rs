@@ -90,7 +90,9 @@ impl Backing {
         }
         let set = self.states.set(span, state, Some(&mut pledge));
         held.pledge.set(pledge);
-        Ok(set?)
+        set?;
+        self.known_moved(span, state);
+        Ok(())
     }
 
     /// # Errors

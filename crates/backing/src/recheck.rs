@@ -4,6 +4,8 @@
 //! A hole alone says little: memory that was never touched is a hole, too. So a backing remembers, as extents, which pages are known to have had
 //! memory (populated, or seen by an earlier look); a hole there is a loss.
 
+use crate::backing::Known;
+use crate::file::Source;
 use crate::{Backing, Error, Kind, PageState};
 use addr::{OutOfMemory, PAGE_LG2, Page, Span};
 use std::sync::PoisonError;
@@ -30,7 +32,8 @@ impl Backing {
     /// from every listener.
     ///
     /// A page that was swapped out looks like a hole to the kernel's mincore: do not use this on memory that may be swapped. A page that was
-    /// punched and touched again since the last look has memory, zeroed, and is not found.
+    /// punched and touched again since the last look has memory, zeroed, and is not found. Of a pair's private pages only a file that became shorter is
+    /// found: this process does not map them.
     ///
     /// # Errors
     /// Bad spans; what fstat and mincore answer; no memory. What was found until then is revoked.
@@ -40,17 +43,17 @@ impl Backing {
         let mut found = Recheck { at, truncated_to: None, lost: Vec::new(), holes_seen: self.sees_holes() };
         for chunk in span.blocks(CHUNK_LG2) {
             let held = self.lock(chunk);
-            let end = self.end_of_file()?;
-            if end <= self.pages().last() {
-                found.truncated_to = self.memory.file.as_ref().map(|source| source.size()).transpose()?;
+            let ends = self.ends()?;
+            if let Some(source) = ends.iter().filter(|(_, end)| *end <= self.pages().last()).find_map(|(source, _)| *source) {
+                found.truncated_to = Some(source.size()?);
             }
             let mut lost = Vec::new();
             if found.holes_seen {
-                self.compare_holes(chunk, end, &mut lost)?;
+                self.compare_holes(chunk, ends[0].1, &mut lost)?;
             }
-            let behind = Span::new(end.max(chunk.start()), chunk.last());
-            for (run, _) in behind.into_iter().flat_map(|behind| self.states(behind)).filter(present) {
-                push(&mut lost, run)?;
+            for (run, state) in self.states(chunk).filter(present) {
+                let end = if self.in_mapping(state) { ends[0].1 } else { ends[1].1 };
+                Span::new(end.max(run.start()), run.last()).map_or(Ok(()), |behind| push(&mut lost, behind))?;
             }
             // Room for the states is asked for first; without it the listeners let go all the same.
             let mut done = held.reserve(lost.len());
@@ -72,6 +75,10 @@ impl Backing {
     pub fn holes(&self, span: Span<Page>) -> Result<Vec<Span<Page>>, Error> {
         self.check(span)?;
         let mut holes = Vec::new();
+        if self.kind() == Kind::Pair {
+            // A page that has just changed sides is a hole until it is touched.
+            return Err(self.no_holes_seen());
+        }
         for chunk in span.blocks(CHUNK_LG2) {
             self.each_residency(chunk, |run, resident| if resident { Ok(()) } else { push(&mut holes, run) })?;
         }
@@ -85,7 +92,7 @@ impl Backing {
             let Some(run) = end.get().checked_sub(1).and_then(|last| run.intersect(Span::of(Page::new(0), Page::new(last)))) else {
                 return Ok(());
             };
-            for (piece, _) in self.states(run).filter(present) {
+            for (piece, _) in self.states(run).filter(|(_, state)| self.in_mapping(*state)) {
                 if resident {
                     self.known_add(piece)?;
                     continue;
@@ -102,7 +109,7 @@ impl Backing {
     /// Shows the runs of pages with and without memory, ascending.
     fn each_residency(&self, chunk: Span<Page>, mut show: impl FnMut(Span<Page>, bool) -> Result<(), Error>) -> Result<(), Error> {
         let mapping = self.memory.mapping.as_ref().filter(|_| self.sees_holes());
-        let mapping = mapping.ok_or(Error::Unsupported { kind: self.kind(), what: "tell where its holes are" })?;
+        let mapping = mapping.ok_or_else(|| self.no_holes_seen())?;
         let mut pages = [0u8; 1 << CHUNK_LG2];
         let pages = &mut pages[..chunk.len() as usize];
         let offset = chunk.start().bytes();
@@ -117,30 +124,58 @@ impl Backing {
         Ok(())
     }
 
+    fn no_holes_seen(&self) -> Error {
+        Error::Unsupported { kind: self.kind(), what: "tell where its holes are" }
+    }
+
     /// mincore answers for the page cache where there is one. Of private memory and of huge pages it only knows what this process has
-    /// touched; in a pair a page that has just changed sides is a hole until it is touched.
+    /// touched.
     fn sees_holes(&self) -> bool {
-        !matches!(self.kind(), Kind::HugeMemfd | Kind::Pair) && self.memory.mapping.as_ref().is_some_and(|mapping| !mapping.is_adopted())
+        self.kind() != Kind::HugeMemfd && self.memory.mapping.as_ref().is_some_and(|mapping| !mapping.is_adopted())
     }
 
-    /// The first page that the file, as it is now, does not hold whole.
-    fn end_of_file(&self) -> Result<Page, Error> {
-        let Some(source) = &self.memory.file else { return Ok(Page::new(u64::MAX)) };
-        Ok(Page::new(source.size()?.saturating_sub(source.offset) >> PAGE_LG2))
+    /// Whether a page in this state lies in the file that this process maps. Every page does, unless the backing is a pair.
+    fn in_mapping(&self, state: PageState) -> bool {
+        match self.memory.hidden {
+            Some(_) => state == PageState::Shared,
+            None => state != PageState::Absent,
+        }
     }
 
-    /// Remembers which pages of a held span have memory, where that can be seen.
-    pub(crate) fn know_residents(&self, span: Span<Page>) -> Result<(), Error> {
+    /// The first page that each file, as it is now, does not hold whole: the file that is mapped, and a pair's other one.
+    fn ends(&self) -> Result<[(Option<&Source>, Page); 2], Error> {
+        let end = |source: Option<&'_ Source>| match source {
+            Some(source) => Ok::<_, Error>(Page::new(source.size()?.saturating_sub(source.offset) >> PAGE_LG2)),
+            None => Ok(Page::new(u64::MAX)),
+        };
+        let [mapped, hidden] = [self.memory.file.as_ref(), self.memory.hidden.as_ref().map(|hidden| &hidden.file)];
+        Ok([(mapped, end(mapped)?), (hidden, end(hidden)?)])
+    }
+
+    /// Remembers which pages of a held span have memory, where that can be seen; those that are absent are about to be in `state`.
+    pub(crate) fn know_residents(&self, span: Span<Page>, state: PageState) -> Result<(), Error> {
         if !self.sees_holes() {
             return Ok(());
         }
-        span.blocks(CHUNK_LG2)
-            .try_for_each(|chunk| self.each_residency(chunk, |run, resident| if resident { self.known_add(run) } else { Ok(()) }))
+        let mapped = |now| self.in_mapping(if now == PageState::Absent { state } else { now });
+        let add = |run| self.states(run).filter(|(_, now)| mapped(*now)).try_for_each(|(piece, _)| self.known_add(piece));
+        span.blocks(CHUNK_LG2).try_for_each(|chunk| self.each_residency(chunk, |run, resident| if resident { add(run) } else { Ok(()) }))
     }
 
     /// Remembers that these pages have memory.
     fn known_add(&self, span: Span<Page>) -> Result<(), Error> {
         Ok(self.known.lock().unwrap_or_else(PoisonError::into_inner).0.set(span, ())?)
+    }
+
+    /// The pages are in this state now; where a pair's have left the mapped file, what was known of them is over. Cannot fail: without memory all is
+    /// forgotten, and learnt anew by the next look.
+    pub(crate) fn known_moved(&self, span: Span<Page>, state: PageState) {
+        if self.memory.hidden.is_some() && !self.in_mapping(state) {
+            let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+            if known.0.clear(span).is_err() {
+                *known = Known::default();
+            }
+        }
     }
 
     /// Forgets that these pages have memory.

@@ -140,7 +140,7 @@ impl Backing {
         }
         held.reserve(self.states(span).filter(|(_, state)| *state == PageState::Absent).count())?;
         self.allocate(span, state)?;
-        self.know_residents(span)?;
+        self.know_residents(span, state)?;
         let mut failed = Ok(());
         for (run, old) in self.states(span) {
             if old == PageState::Absent {

@@ -370,9 +370,7 @@ fn run(enough_moves: u64, devices: u64, silent: bool) -> Outcome {
         let mut colours = [0; PAGES as usize];
         let give_up = Instant::now() + Duration::from_secs(60);
         // All that is asked about must have had its turn, however the threads are scheduled.
-        let short = |moves, quarantines| {
-            moves < enough_moves || accesses.load(Ordering::Relaxed) < 10_000 || (silent && quarantines == 0)
-        };
+        let short = |moves, quarantines| moves < enough_moves || accesses.load(Ordering::Relaxed) < 10_000 || (silent && quarantines == 0);
         while short(moves, quarantines) && stale.load(Ordering::Relaxed) == 0 && Instant::now() < give_up {
             let page = random.u64(0..PAGES);
             let (old, new) = (colours[page as usize], 1 - colours[page as usize]);

@@ -11,7 +11,7 @@ use iommu::{FaultKind, RefusedBy};
 use lockstep_iommu::{ConvertError, Owner, Policy, RecordedStage2, Stage2};
 use rustix::fs::{MemfdFlags, SeekFrom, ftruncate, memfd_create, seek};
 use secure::RmpSize;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
@@ -371,4 +371,61 @@ fn sides_of_the_wrong_kind_or_length_are_refused() {
     let disk = OwnedFd::from(std::fs::File::open("/proc/self/exe").unwrap());
     assert!(Backing::pair(disk, file(), BYTES, None, Frames::Contiguous).is_err());
     assert!(Backing::pair(file(), file(), 0x800, None, Frames::Contiguous).is_err());
+}
+
+/// A hole that somebody else made in the file of shared pages is found, and the device has lost the page; a page that has only just changed sides
+/// is a hole and none of anybody's making.
+#[test]
+fn a_punch_behind_our_back_is_found() {
+    use rustix::fs::{FallocateFlags, fallocate};
+    let guest = guest(Frames::Contiguous, Policy::Mirror);
+    let (shared, all) = (guest.backing.file().unwrap().try_clone_to_owned().unwrap(), guest.backing.pages());
+    let mut untrusted = guest.context(&guest.untrusted);
+    let lost = || guest.backing.recheck(all).unwrap().lost;
+    let punch = |page: u64| {
+        let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        fallocate(&shared, how, page << 12, 0x1000).unwrap();
+    };
+    let pages = |first, last| Span::of(Page::new(first), Page::new(last));
+    for page in [3u64, 4, 5] {
+        untrusted.write(iova(page << 12), b"shared!").unwrap();
+    }
+    assert_eq!(lost(), [], "never touched is not lost");
+    // Page 3 leaves, and comes back with no memory; page 4 is taken by somebody; page 5 stays.
+    guest.convert(0x3000, 0x1000, Owner::Private);
+    assert_eq!(lost(), []);
+    guest.convert(0x3000, 0x1000, Owner::Shared);
+    punch(4);
+    assert_eq!(lost(), [pages(4, 4)]);
+    assert_eq!(untrusted.read(iova(0x4000), &mut [0]).unwrap_err().reason, FaultKind::NotMapped);
+    assert!(!has_data(shared.as_fd(), 0x4000), "DMA to a hole does not bring the page back");
+    untrusted.read(iova(0x5000), &mut [0]).unwrap();
+    // What came back is known once it has memory.
+    untrusted.write(iova(0x3000), b"again!!").unwrap();
+    assert_eq!(lost(), []);
+    punch(3);
+    assert_eq!(lost(), [pages(3, 3)]);
+    guest.clean();
+}
+
+#[test]
+fn a_side_that_became_shorter_is_found() {
+    let (shared, private) = (file(), file());
+    let files = [shared.try_clone().unwrap(), private.try_clone().unwrap()];
+    let guest = Guest::of(Gpa::new(0), Backing::pair(shared, private, BYTES, None, Frames::Contiguous).unwrap(), Policy::Mirror);
+    let all = guest.backing.pages();
+    guest.convert(BYTES - 0x2000, 0x1000, Owner::Private);
+    let last = all.last().get();
+    let pages = |first, last| Span::of(Page::new(first), Page::new(last));
+    // The shared file has lost two pages' room, of which one lies in the other file.
+    ftruncate(&files[0], BYTES - 0x2000).unwrap();
+    let found = guest.backing.recheck(all).unwrap();
+    assert_eq!((found.lost, found.truncated_to), (vec![pages(last, last)], Some(BYTES - 0x2000)));
+    ftruncate(&files[1], BYTES - 0x2000).unwrap();
+    assert_eq!(guest.backing.recheck(all).unwrap().lost, [pages(last - 1, last - 1)]);
+    assert_eq!(guest.backing.state(Page::new(last - 1)), PageState::Absent);
+    assert!(guest.context(&guest.trusted).read(iova(BYTES - 0x2000), &mut [0]).is_err());
+    // Only the guest can give the page up to the secure world, so that is what an audit still sees.
+    let report = guest.dma.audit();
+    assert!(matches!(&report.differences[..], [one] if one.to_string().starts_with("I-6")), "{report:?}");
 }
