@@ -3,7 +3,9 @@
 //! The signal is a real-time one on which the process had no handler; the process' own handlers stay as they are.
 #![forbid(unsafe_code)]
 
-use super::{KvmError, RunPage, claim_signal, lock, signal_thread, unblock_signal};
+use super::signal::{claim_signal, signal_thread, unblock_signal};
+use super::vcpu::RunPage;
+use super::{KvmError, lock};
 use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
