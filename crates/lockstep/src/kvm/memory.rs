@@ -32,7 +32,7 @@ impl Memory {
         Self { hva, len_bytes, _owner: owner }
     }
 
-    /// A shared mapping of a file, of its own: a memfd, or a guest_memfd made with [`MemfdFlags::MMAP`].
+    /// A shared mapping of a file, of its own: a memfd, or a guest_memfd made with [`MemfdFlags::MMAP`](super::MemfdFlags::MMAP).
     ///
     /// # Errors
     /// When the span is not whole pages, or the kernel will not map it.
