@@ -74,9 +74,18 @@ fn run(options: &BenchArgs, group: Group) -> Result<(), workload::Error> {
             )
         });
     }
+    let mut left_out = 0;
     for row in rows {
         bar.set_message(row.name);
-        let mut work = row.make().map_err(|error| format!("{}: {error}", row.name))?;
+        let mut work = match row.make() {
+            Ok(work) => work,
+            Err(error) => {
+                left_out += 1;
+                bar.suspend(|| eprintln!("{}: not run: {error}", row.name));
+                bar.inc(1);
+                continue;
+            }
+        };
         let figure = measure(row, work.as_mut());
         let (kernel, note, figures) = (row.kernel(), work.note(), work.figures());
         if !options.json {
@@ -99,7 +108,7 @@ fn run(options: &BenchArgs, group: Group) -> Result<(), workload::Error> {
     if options.json {
         println!("{}", serde_json::to_string_pretty(&elements)?);
     }
-    Ok(())
+    if left_out > 0 { Err(format!("{left_out} rows were not run").into()) } else { Ok(()) }
 }
 
 fn print(row: &Row, figure: &Figure, figures: &[Further], note: Option<&str>) {

@@ -19,6 +19,7 @@ use std::time::Duration;
 const K4: u64 = 4 << 10;
 const G1: u64 = 1 << 30;
 const G64: u64 = 64 << 30;
+const T1: u64 = 1 << 40;
 /// Entries of one page state change request (GHCB).
 const BATCH: u64 = 253;
 
@@ -58,8 +59,10 @@ pub fn rows() -> Vec<Row> {
         row!("step_discard_spread", Unit::Call, |format| steps::step(format, Step::Discard, spread())),
         row!("step_attach_spread", Unit::Call, |format| steps::step(format, Step::Attach, spread())),
         row!("step_thaw_spread", Unit::Call, |format| steps::step(format, Step::Thaw, spread())),
-        row!("convert_64g_of_1g_leaves_to_private", Unit::Page(G64 / K4), |format| all_of_it(format, Owner::Private)),
-        row!("convert_64g_of_1g_leaves_to_shared", Unit::Page(G64 / K4), |format| all_of_it(format, Owner::Shared)),
+        row!("convert_64g_of_1g_leaves_to_private", Unit::Page(G64 / K4), |format| all_of_it(format, G64, Owner::Private)),
+        row!("convert_64g_of_1g_leaves_to_shared", Unit::Page(G64 / K4), |format| all_of_it(format, G64, Owner::Shared)),
+        row!("convert_1t_of_1g_leaves_to_private", Unit::Page(T1 / K4), |format| all_of_it(format, T1, Owner::Private)),
+        row!("convert_1t_of_1g_leaves_to_shared", Unit::Page(T1 / K4), |format| all_of_it(format, T1, Owner::Shared)),
     ]
 }
 
@@ -76,7 +79,8 @@ impl Machine {
     }
 
     fn of(format: FormatKind, memory: &Arc<Backing>) -> Result<Self, Error> {
-        let iommu = iommu::Config { table_bytes: 1 << 30, domain: in_format(format), ..iommu::Config::default() };
+        // Addresses only: a request takes in stock what tables it could need, and uses few.
+        let iommu = iommu::Config { table_bytes: 8 << 30, domain: in_format(format), ..iommu::Config::default() };
         let guest = GuestDma::new(&Config { iommu, ..Config::default() }, Arc::new(RecordedStage2::new()))?;
         guest.add_memory(Gpa::new(0), memory.len_bytes(), memory, 0)?;
         let device = guest.add_device("bench", Trust::Untrusted)?;
@@ -121,14 +125,19 @@ fn batch(format: FormatKind, pages: Vec<u64>, to: Owner) -> Result<Box<dyn Work>
     }))
 }
 
-/// 64 GiB in one request, from shared leaves of 1 GiB to private ones of 2 MiB or none, or back. The memory is not touched.
-fn all_of_it(format: FormatKind, to: Owner) -> Result<Box<dyn Work>, Error> {
-    let mut machine = Machine::of(format, &Backing::simulated(G64, Frames::Contiguous)?)?;
-    let change = |to| [Change { span: Span::of(Gpa::new(0), Gpa::new(G64 - 1)), to }];
+/// So many bytes in one request, from shared leaves of 1 GiB to private ones of 2 MiB or none, or back. The memory is not touched, but its RMP takes a 256th
+/// of it.
+fn all_of_it(format: FormatKind, bytes: u64, to: Owner) -> Result<Box<dyn Work>, Error> {
+    let (needs, there) = (bytes / 256 + bytes / 1024, crate::scale::available_bytes());
+    if there.is_some_and(|there| there < needs) {
+        return Err(format!("it needs {} MiB of memory, and fewer are available", needs >> 20).into());
+    }
+    let mut machine = Machine::of(format, &Backing::simulated(bytes, Frames::Contiguous)?)?;
+    let change = move |to| [Change { span: Span::of(Gpa::new(0), Gpa::new(bytes - 1)), to }];
     let back = if to == Owner::Private { Owner::Shared } else { Owner::Private };
     let convert = move |machine: &mut Machine, to| {
         let done = machine.guest.convert(&change(to)).expect("nothing refuses these pages");
-        assert_eq!(done.pages, G64 / K4);
+        assert_eq!(done.pages, bytes / K4);
     };
     if to == Owner::Shared {
         convert(&mut machine, Owner::Private);
