@@ -47,9 +47,9 @@ fn any_mix_of_sizes() {
         guest.clean();
         // Whole and back, over what was private already.
         let all = |owner| guest.dma.convert(&[change(0, 8 * GIB, owner)]).unwrap().pages;
-        assert_eq!(all(Owner::Private), (8 * GIB >> 12) - pages, "round {round}");
+        assert_eq!(all(Owner::Private), ((8 * GIB) >> 12) - pages, "round {round}");
         guest.clean();
-        assert_eq!(all(Owner::Shared), 8 * GIB >> 12);
+        assert_eq!(all(Owner::Shared), (8 * GIB) >> 12);
         probe(&guest, 0, 8 * GIB, false);
         guest.clean();
     }
