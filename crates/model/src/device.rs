@@ -32,7 +32,8 @@ impl Cache {
         }
     }
 
-    fn lookup(&self, page: usize) -> Option<Leaf> {
+    /// The translation that it has of a page.
+    pub fn lookup(&self, page: usize) -> Option<Leaf> {
         let small = self.small[page].map(|frame| Leaf { large: false, at: page as u8, frame });
         small.or(self.large.then_some(Leaf::LARGE))
     }
@@ -164,6 +165,11 @@ impl Device {
         !matches!(self.at, At::Out | At::Answering(_) | At::CachedAllowed { .. })
     }
 
+    /// Cut off, with an access by its own cache still under way.
+    pub fn is_draining(&self) -> bool {
+        self.quarantined && matches!(self.at, At::CachedAllowed { .. })
+    }
+
     pub(crate) fn disturb(&mut self, pages: Set) {
         if self.at != At::Out {
             self.disturbed |= pages;
@@ -186,7 +192,7 @@ impl Device {
     /// Pages that it can reach without another look at the IO page table, now or after it has caught up.
     pub fn reaches(&self) -> Set {
         if self.quarantined {
-            return 0;
+            return if self.is_draining() { self.in_flight().map_or(0, Leaf::covers) } else { 0 };
         }
         let in_flight = self.in_flight().map_or(0, Leaf::covers);
         in_flight | self.iotlb.covers() & !self.missed | self.late.map_or(0, Leaf::covers) | self.atc.covers()
@@ -266,6 +272,8 @@ pub fn step(state: &mut State, index: usize, step: Move, fault: Option<Fault>) {
         }
         (Move::Go, At::Allowed { page, leaf } | At::CachedAllowed { page, leaf }) => answer(state, index, page, Some(leaf)),
         (Move::Go, At::Answering(leaf)) => {
+            // Its entries never overlap.
+            device.atc.invalidate(leaf.covers());
             device.atc.fill(leaf);
             device.at = At::Out;
         }
@@ -360,7 +368,7 @@ fn answer(state: &mut State, index: usize, page: u8, by: Option<Leaf>) {
     let page = usize::from(page);
     let device = &mut state.devices[index];
     device.at = if device.is_inside() { At::Ready } else { At::Out };
-    if device.quarantined {
+    if device.quarantined && by.is_none() {
         return;
     }
     let device = *device;

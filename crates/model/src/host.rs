@@ -11,6 +11,7 @@ mod plan;
 mod stage2;
 mod switch;
 
+use crate::device::Device;
 use crate::faults::Fault;
 use crate::state::{ALL, Entry, IoTable, Is, PAGES, Set, State, each};
 use attach::attach;
@@ -194,7 +195,10 @@ pub fn can_step(state: &State, index: usize, fault: Option<Fault>) -> bool {
         Stage::Await(part) => match Flush::order(fault)[usize::from(part)] {
             Flush::Log => true,
             Flush::Grace => host.waits == 0,
-            Flush::Ats => state.devices.iter().all(|device| device.asked == 0),
+            Flush::Ats => {
+                let drained = |device: &Device| !device.is_draining() || fault == Some(Fault::AtsQuarantineWithoutDrain);
+                state.devices.iter().all(|device| device.asked == 0 && drained(device))
+            }
         },
         _ => true,
     }
@@ -203,10 +207,10 @@ pub fn can_step(state: &State, index: usize, fault: Option<Fault>) -> bool {
 /// Whether the thread waits for devices' answers, and may give up on them.
 pub fn can_time_out(state: &State, index: usize, fault: Option<Fault>) -> bool {
     let waits = matches!(state.hosts[index].at, Stage::Await(part) if Flush::order(fault)[usize::from(part)] == Flush::Ats);
-    waits && !can_step(state, index, fault)
+    waits && state.devices.iter().any(|device| device.asked != 0)
 }
 
-/// Gives up on devices that have not answered: they are cut off.
+/// Gives up on devices that have not answered: they begin no access any more. One that is under way is still waited for.
 pub fn time_out(state: &mut State, fault: Option<Fault>) {
     for device in state.devices.iter_mut().filter(|device| device.asked != 0) {
         device.quarantined = fault != Some(Fault::AtsTimeOutIgnored);

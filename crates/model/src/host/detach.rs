@@ -63,10 +63,12 @@ pub(super) fn flush(state: &mut State, host: &mut Host, part: u8, fault: Option<
     let Some(what) = Flush::order(fault).get(usize::from(part)).copied() else {
         return after_flush(state, host);
     };
+    // Copies of small leaves that were joined stay right. Only their table, which is freed, has to be waited for.
+    let cleared = if host.op == Some(Op::Merge) { 0 } else { host.todo };
     match what {
         Flush::Log => {
             if fault != Some(Fault::SkipInvalidation) {
-                state.devices.iter_mut().for_each(|device| device.missed |= host.todo);
+                state.devices.iter_mut().for_each(|device| device.missed |= cleared);
             }
             Stage::Flush(part + 1)
         }
@@ -76,11 +78,11 @@ pub(super) fn flush(state: &mut State, host: &mut Host, part: u8, fault: Option<
             if host.waits == 0 { Stage::Flush(part + 1) } else { Stage::Await(part) }
         }
         Flush::Ats => {
-            let asks = fault != Some(Fault::SkipAts) && host.todo != 0;
+            let asks = fault != Some(Fault::SkipAts) && cleared != 0;
             let asked = state.devices.iter_mut().filter(|device| asks && device.kind.ats && !device.quarantined);
             let mut any = false;
             for device in asked {
-                device.asked |= host.todo;
+                device.asked |= cleared;
                 any = true;
             }
             if any { Stage::Await(part) } else { Stage::Flush(part + 1) }
