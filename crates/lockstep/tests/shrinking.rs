@@ -28,7 +28,7 @@ const MOST: usize = 3;
 fn failing_histories_become_short() {
     for fault in FAULTS {
         let plant = sync::fail::plant(fault, 0, u64::MAX);
-        let failed = history::histories(Policy::Mirror, Frames::Contiguous, 1, 50, 200);
+        let failed = history::histories(Policy::Mirror, Frames::Contiguous, 4, 50, 200);
         drop(plant);
         let Failure { why, steps } = failed.err().unwrap_or_else(|| panic!("{fault} was not found"));
         println!("{fault}: {steps:?}\n  {why}");
