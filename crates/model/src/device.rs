@@ -250,10 +250,9 @@ pub fn step(state: &mut State, index: usize, step: Move, fault: Option<Fault>) {
         (Move::Use(page), _) => {
             device.disturbed = changing;
             let Some(leaf) = device.atc.lookup(page.into()) else { return };
-            match check(state, index, page.into(), leaf, fault) {
-                Verdict::Allowed => state.devices[index].at = At::CachedAllowed { page, leaf },
-                // It has to ask again.
-                Verdict::OtherSize | Verdict::Refused => state.devices[index].atc.invalidate(leaf.covers()),
+            // What is refused stays in the cache: only an invalidation takes it out.
+            if check_translated(state, index, page.into(), leaf, fault) {
+                state.devices[index].at = At::CachedAllowed { page, leaf };
             }
         }
         (Move::Go, At::Out) => {
@@ -361,6 +360,14 @@ fn check(state: &State, index: usize, page: usize, leaf: Leaf, fault: Option<Fau
         return Verdict::Refused;
     }
     if leaf.large == rmp.large || rmp.smashing { Verdict::Allowed } else { Verdict::OtherSize }
+}
+
+/// The check of an access by an address that was translated before: of the page that is touched, without a GPA or a size to compare.
+fn check_translated(state: &State, index: usize, page: usize, leaf: Leaf, fault: Option<Fault>) -> bool {
+    let device = &state.devices[index];
+    let entry = state.rmp.at(leaf.frame_of(page));
+    let may = !entry.assigned || (device.kind.trusted && entry.validated);
+    fault == Some(Fault::SkipRmpCheck) || (device.is_who_it_says() && may)
 }
 
 /// The access is answered: with bytes, by a leaf, or with a fault.

@@ -5,7 +5,7 @@ mod threads;
 
 use lockstep_model::host::Op;
 use lockstep_model::state::{ALL, State};
-use lockstep_model::{Fault, Law, Scene};
+use lockstep_model::{Fault, Scene};
 use pair::{Act, Pair, Silence};
 use std::collections::HashSet;
 use std::sync::{Mutex, PoisonError};
@@ -75,49 +75,49 @@ fn every_short_path() {
     sum.print("every short path");
 }
 
-/// Long ones, by seed.
+/// A long path, by seed.
+fn random(seed: u64, silence: Silence, fault: Option<Fault>) -> Pair {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut pair = Pair::new([1, 256, 511, 37][seed as usize / 4 % 4], silence, fault);
+    for _ in 0..60 {
+        // Operations are half of it, so that there is something to forget.
+        let (ops, others): (Vec<_>, Vec<_>) = pair.possible(&ops()).into_iter().partition(|act| matches!(act, Act::Start(_)));
+        let chosen = if others.is_empty() || (!ops.is_empty() && random.bool()) { ops } else { others };
+        if let Some(act) = random.choice(chosen) {
+            pair.act(act);
+        }
+    }
+    pair
+}
+
 #[test]
 fn random_paths() {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let replays = std::env::var("LOCKSTEP_REPLAYS").ok().and_then(|text| text.parse().ok()).unwrap_or(100);
+    let replays = std::env::var("LOCKSTEP_REPLAYS").ok().and_then(|text| text.parse().ok()).unwrap_or(200);
     let mut sum = Sum::default();
     for seed in 0..replays {
-        let mut random = fastrand::Rng::with_seed(seed);
         let silence = if seed % 4 == 0 { Silence::EndsInQuarantine } else { Silence::IsWaitedFor };
-        let mut pair = Pair::new([1, 256, 511, 37][seed as usize / 4 % 4], silence, None);
-        for _ in 0..60 {
-            // Accesses as often as all operations together, so that there is something to forget.
-            let (ops, others): (Vec<_>, Vec<_>) = pair.possible(&ops()).into_iter().partition(|act| matches!(act, Act::Start(_)));
-            let chosen = if others.is_empty() || (!ops.is_empty() && random.bool()) { ops } else { others };
-            if let Some(act) = random.choice(chosen) {
-                pair.act(act);
-            }
-        }
+        let pair = random(seed, silence, None);
+        assert_eq!(pair.stale, 0, "{:#?}", pair.said);
         sum.add(pair);
     }
     sum.print("random paths");
 }
 
-/// A device that answers and forgets nothing breaks the same law in both, at the same moment.
+/// A device that answers and forgets nothing breaks the same law in both, at the same moments, and reaches the same.
 #[test]
 fn false_answers() {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let _plant = sync::fail::plant("iommu.ats_false_answer", 0, u64::MAX);
-    let mut broken = 0;
-    for op in ops() {
-        for page in [0, 1] {
-            let mut pair = Pair::new(256, Silence::IsWaitedFor, Some(Fault::AtsFalseAnswer));
-            let path = [Act::Start(Op::Punch(0b10)), Act::Start(Op::Populate(ALL)), Act::Access(page), Act::Go, Act::Go];
-            path.into_iter().for_each(|act| pair.act(act));
-            pair.act(Act::Start(op));
-            if let Some(found) = pair.found_in_transition() {
-                let holds = Law::I7.holds(&pair.model, pair.fault);
-                assert_eq!(found > 0, !holds, "{found} differences\n{:#?}", pair.said);
-                broken += u64::from(!holds);
-            }
-        }
+    let (mut stale, mut broken) = (0, 0);
+    for seed in 0..50 {
+        let pair = random(seed, Silence::IsWaitedFor, Some(Fault::AtsFalseAnswer));
+        stale += pair.stale;
+        broken += u64::from(pair.model.broken.is_some());
+        drop(pair.finish());
     }
-    assert!(broken > 0, "nothing stale was seen");
+    println!("false answers: pages in transition were still cached {stale} times, {broken} of 50 paths broke a promise by it");
+    assert!(stale > 0 && broken > 0);
 }
 
 /// With a fault in the code alone the two drift apart, and the replay says so.

@@ -8,7 +8,7 @@ use lockstep::{AtsDma, AtsStats, Change, Device, GuestDma, Owner, Step};
 use lockstep_model::host::Op;
 use std::cell::Cell;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -102,14 +102,14 @@ pub struct HostThread {
     go: Sender<()>,
     /// The device is in no access, so that its cache can be looked at.
     pub device_is_idle: Arc<AtomicBool>,
-    /// What an audit has found with the pages detached.
-    pub found: Arc<AtomicU64>,
+    /// How much an audit has found with the pages detached, if it could look.
+    pub found: Arc<Mutex<Option<u64>>>,
 }
 
 impl HostThread {
     pub fn new(dma: Arc<GuestDma>, device: Arc<Device>, eye: Eye) -> Self {
         let ((ops, asked), (says, events), (go, released)) = (channel(), channel(), channel());
-        let (device_is_idle, found) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicU64::new(0)));
+        let (device_is_idle, found) = (Arc::new(AtomicBool::new(true)), Arc::new(Mutex::new(None)));
         let released = Arc::new(Mutex::new(released));
         {
             let (space, says, released) = (Arc::downgrade(dma.space()), Sender::clone(&says), Arc::clone(&released));
@@ -119,7 +119,7 @@ impl HostThread {
                     return;
                 }
                 if let Some(space) = space.upgrade().filter(|_| idle.load(Ordering::SeqCst)) {
-                    found.store(Auditor::new(&space).check_transition(transition).count, Ordering::SeqCst);
+                    *found.lock().unwrap() = Some(Auditor::new(&space).check_transition(transition).count);
                 }
                 let _ = says.send(Event::Detached).is_ok().then(|| released.lock().unwrap().recv());
             });
