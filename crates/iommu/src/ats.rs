@@ -27,6 +27,7 @@ use iotlb::{Log, Missed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError, Weak};
 use std::time::{Duration, Instant};
 use sync::fail;
+use sync::pause::pause;
 use sync::prim::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
 /// What the caches of a device had to forget so far, and how it went.
@@ -118,6 +119,7 @@ impl Port {
             if self.has_answered(target) {
                 return true;
             }
+            pause();
             let left = deadline.saturating_sub(Duration::from_nanos(now()));
             if !self.may_answer() {
                 return false;

@@ -32,7 +32,8 @@ impl Cache {
         }
     }
 
-    fn lookup(&self, page: usize) -> Option<Leaf> {
+    /// The translation that it has of a page.
+    pub fn lookup(&self, page: usize) -> Option<Leaf> {
         let small = self.small[page].map(|frame| Leaf { large: false, at: page as u8, frame });
         small.or(self.large.then_some(Leaf::LARGE))
     }
@@ -164,6 +165,11 @@ impl Device {
         !matches!(self.at, At::Out | At::Answering(_) | At::CachedAllowed { .. })
     }
 
+    /// Cut off, with an access by its own cache still under way.
+    pub fn is_draining(&self) -> bool {
+        self.quarantined && matches!(self.at, At::CachedAllowed { .. })
+    }
+
     pub(crate) fn disturb(&mut self, pages: Set) {
         if self.at != At::Out {
             self.disturbed |= pages;
@@ -186,7 +192,7 @@ impl Device {
     /// Pages that it can reach without another look at the IO page table, now or after it has caught up.
     pub fn reaches(&self) -> Set {
         if self.quarantined {
-            return 0;
+            return if self.is_draining() { self.in_flight().map_or(0, Leaf::covers) } else { 0 };
         }
         let in_flight = self.in_flight().map_or(0, Leaf::covers);
         in_flight | self.iotlb.covers() & !self.missed | self.late.map_or(0, Leaf::covers) | self.atc.covers()
@@ -244,10 +250,9 @@ pub fn step(state: &mut State, index: usize, step: Move, fault: Option<Fault>) {
         (Move::Use(page), _) => {
             device.disturbed = changing;
             let Some(leaf) = device.atc.lookup(page.into()) else { return };
-            match check(state, index, page.into(), leaf, fault) {
-                Verdict::Allowed => state.devices[index].at = At::CachedAllowed { page, leaf },
-                // It has to ask again.
-                Verdict::OtherSize | Verdict::Refused => state.devices[index].atc.invalidate(leaf.covers()),
+            // What is refused stays in the cache: only an invalidation takes it out.
+            if check_translated(state, index, page.into(), leaf, fault) {
+                state.devices[index].at = At::CachedAllowed { page, leaf };
             }
         }
         (Move::Go, At::Out) => {
@@ -266,6 +271,8 @@ pub fn step(state: &mut State, index: usize, step: Move, fault: Option<Fault>) {
         }
         (Move::Go, At::Allowed { page, leaf } | At::CachedAllowed { page, leaf }) => answer(state, index, page, Some(leaf)),
         (Move::Go, At::Answering(leaf)) => {
+            // Its entries never overlap.
+            device.atc.invalidate(leaf.covers());
             device.atc.fill(leaf);
             device.at = At::Out;
         }
@@ -355,12 +362,20 @@ fn check(state: &State, index: usize, page: usize, leaf: Leaf, fault: Option<Fau
     if leaf.large == rmp.large || rmp.smashing { Verdict::Allowed } else { Verdict::OtherSize }
 }
 
+/// The check of an access by an address that was translated before: of the page that is touched, without a GPA or a size to compare.
+fn check_translated(state: &State, index: usize, page: usize, leaf: Leaf, fault: Option<Fault>) -> bool {
+    let device = &state.devices[index];
+    let entry = state.rmp.at(leaf.frame_of(page));
+    let may = !entry.assigned || (device.kind.trusted && entry.validated);
+    fault == Some(Fault::SkipRmpCheck) || (device.is_who_it_says() && may)
+}
+
 /// The access is answered: with bytes, by a leaf, or with a fault.
 fn answer(state: &mut State, index: usize, page: u8, by: Option<Leaf>) {
     let page = usize::from(page);
     let device = &mut state.devices[index];
     device.at = if device.is_inside() { At::Ready } else { At::Out };
-    if device.quarantined {
+    if device.quarantined && by.is_none() {
         return;
     }
     let device = *device;

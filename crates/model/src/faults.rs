@@ -112,6 +112,8 @@ faults! {
     SkipAts = "skip-ats", I7, Ats;
     /// A device that does not answer is left as it is.
     AtsTimeOutIgnored = "ats-time-out-ignored", I7, Ats;
+    /// A device that is cut off is not waited for while an access of it is under way.
+    AtsQuarantineWithoutDrain = "ats-quarantine-without-drain", I7, Ats;
     /// A device answers an invalidation with accesses of its own still under way.
     AtsAckEarly = "ats-ack-early", I7, Ats;
     /// A device answers an invalidation and forgets nothing.

@@ -3,11 +3,22 @@
 //!
 //! hold and plan, reserve, freeze, detach (smash and cut, clear, log, grace, device caches), switch, commit, attach, thaw, acknowledge.
 //!
-//! One step is one store that somebody else may see, or one wait.
+//! One step is one store that somebody else may see, or one wait. Here is the order of the stages; what each does is in the file of its name.
+
+mod attach;
+mod detach;
+mod plan;
+mod stage2;
+mod switch;
 
 use crate::device::Device;
 use crate::faults::Fault;
-use crate::state::{ALIAS, ALL, Entry, IoTable, Is, PAGES, Set, State, Vcpu, each, one};
+use crate::state::{ALL, Entry, IoTable, Is, PAGES, Set, State, each};
+use attach::attach;
+use detach::{Flush, clear, cut, detach, flush};
+use plan::hold;
+use stage2::{discard, freeze, tell, thaw};
+use switch::{commit, smash_sequence, switch};
 
 /// What is asked of a host thread.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -159,21 +170,6 @@ impl Host {
     fn private(&self) -> bool {
         matches!(self.op, Some(Op::Convert { private: true, .. }))
     }
-
-    fn flushes(fault: Option<Fault>) -> [Flush; 3] {
-        match fault {
-            Some(Fault::GraceBeforeLog) => [Flush::Grace, Flush::Log, Flush::Ats],
-            Some(Fault::AtsBeforeGrace) => [Flush::Log, Flush::Ats, Flush::Grace],
-            _ => [Flush::Log, Flush::Grace, Flush::Ats],
-        }
-    }
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Flush {
-    Log,
-    Grace,
-    Ats,
 }
 
 /// Gives a thread something to do. Answers whether that makes sense now.
@@ -196,10 +192,13 @@ pub fn can_step(state: &State, index: usize, fault: Option<Fault>) -> bool {
                 || matches!(host.op, Some(Op::Trust(_)))
                 || (host.op == Some(Op::Merge) && fault == Some(Fault::MergeWithoutLock))
         }
-        Stage::Await(part) => match Host::flushes(fault)[usize::from(part)] {
+        Stage::Await(part) => match Flush::order(fault)[usize::from(part)] {
             Flush::Log => true,
             Flush::Grace => host.waits == 0,
-            Flush::Ats => state.devices.iter().all(|device| device.asked == 0),
+            Flush::Ats => {
+                let drained = |device: &Device| !device.is_draining() || fault == Some(Fault::AtsQuarantineWithoutDrain);
+                state.devices.iter().all(|device| device.asked == 0 && drained(device))
+            }
         },
         _ => true,
     }
@@ -207,11 +206,11 @@ pub fn can_step(state: &State, index: usize, fault: Option<Fault>) -> bool {
 
 /// Whether the thread waits for devices' answers, and may give up on them.
 pub fn can_time_out(state: &State, index: usize, fault: Option<Fault>) -> bool {
-    let waits = matches!(state.hosts[index].at, Stage::Await(part) if Host::flushes(fault)[usize::from(part)] == Flush::Ats);
-    waits && !can_step(state, index, fault)
+    let waits = matches!(state.hosts[index].at, Stage::Await(part) if Flush::order(fault)[usize::from(part)] == Flush::Ats);
+    waits && state.devices.iter().any(|device| device.asked != 0)
 }
 
-/// Gives up on devices that have not answered: they are cut off.
+/// Gives up on devices that have not answered: they begin no access any more. One that is under way is still waited for.
 pub fn time_out(state: &mut State, fault: Option<Fault>) {
     for device in state.devices.iter_mut().filter(|device| device.asked != 0) {
         device.quarantined = fault != Some(Fault::AtsTimeOutIgnored);
@@ -310,320 +309,4 @@ fn next(state: &mut State, index: usize, host: &mut Host, fails: bool, fault: Op
             Stage::Idle
         }
     }
-}
-
-/// Now that nobody else can change them: the pages that are not what they are to become.
-fn hold(state: &mut State, index: usize, host: &mut Host, fault: Option<Fault>) -> Stage {
-    let Some(op) = host.op else { return Stage::Idle };
-    if let Op::Trust(run) = op {
-        let device = &mut state.devices[0];
-        (device.run, device.stale) = (run, true);
-        // That it may is true at once; that it may not is promised at the end.
-        device.promised |= run;
-        device.disturb(ALL);
-        return if fault == Some(Fault::TrustWithoutGrace) { after_flush(state, host) } else { Stage::Flush(0) };
-    }
-    let alone = op == Op::Merge && fault == Some(Fault::MergeWithoutLock);
-    if !alone {
-        state.lock = Some(index as u8);
-    }
-    host.from = state.is;
-    let is = |page: usize, what: Is| state.is[page] == what;
-    let first = match op {
-        Op::Convert { pages, private } => {
-            let wanted = if private { Is::Private } else { Is::Shared };
-            let told = |page: usize| (state.kvm.private & one(page) != 0) == private;
-            let aliased = |page: usize| fault == Some(Fault::AliasSlot) && page == 0 && private;
-            // Also what stage 2 did not take the last time is done again.
-            host.todo = each(pages).filter(|page| !is(*page, wanted) || !told(*page) || aliased(*page)).map(one).sum();
-            if host.todo == 0 || host.todo & state.rmp.leaked != 0 { Stage::Finish } else { Stage::Reserve }
-        }
-        Op::Punch(pages) => {
-            let refused = each(pages).any(|page| is(page, Is::Private)) || pages & state.rmp.leaked != 0;
-            host.todo = if refused { 0 } else { pages };
-            match (refused, fault) {
-                (true, _) => Stage::Finish,
-                (false, Some(Fault::IgnorePunch)) => Stage::Discard,
-                (false, _) => {
-                    each(pages).for_each(|page| state.is[page] = Is::Absent);
-                    Stage::Clear
-                }
-            }
-        }
-        Op::Populate(pages) => {
-            let absent = each(pages).filter(|page| is(*page, Is::Absent)).map(one).sum::<Set>();
-            host.todo = if pages & state.rmp.leaked == 0 { absent } else { 0 };
-            each(host.todo).for_each(|page| state.is[page] = Is::Shared);
-            state.released &= !host.todo;
-            if host.todo == 0 { Stage::Finish } else { Stage::Attach }
-        }
-        Op::Merge => {
-            let alike = state.io == IoTable::Small([Some(0), Some(1)]) && state.is == [Is::Shared; PAGES];
-            host.todo = if alike { ALL } else { 0 };
-            if alike { Stage::Join } else { Stage::Finish }
-        }
-        Op::Smash if state.rmp.large && is(0, Is::Private) => Stage::SmashBegin,
-        Op::Smash | Op::Trust(_) => Stage::Finish,
-    };
-    host.rest = host.todo;
-    host.joined = host.todo == ALL && host.from[0] == host.from[1];
-    if !matches!(op, Op::Merge | Op::Smash) {
-        host.changing = host.todo;
-        let todo = host.todo;
-        state.disturb(todo);
-    }
-    first
-}
-
-fn detach(state: &mut State, host: &mut Host, fault: Option<Fault>) -> Stage {
-    if fault == Some(Fault::LeaveSharedLeaf) && host.rest == host.todo {
-        host.rest &= host.rest - 1;
-    }
-    if state.io == IoTable::Large && host.rest != 0 {
-        if host.rest == ALL {
-            state.io = IoTable::Small([None; PAGES]);
-            host.rest = 0;
-        } else if fault == Some(Fault::CutInTwoStores) {
-            state.io = IoTable::Small([None; PAGES]);
-            return Stage::CutAgain;
-        } else {
-            cut(state);
-        }
-    } else if let Some(page) = each(host.rest).next() {
-        clear(state, page);
-        host.rest &= !one(page);
-    }
-    match host.op {
-        _ if host.rest != 0 => Stage::Clear,
-        Some(Op::Punch(_)) if fault == Some(Fault::DiscardBeforeFlush) => Stage::Discard,
-        _ => Stage::Flush(0),
-    }
-}
-
-/// One store: the table that it points to says what the leaf said.
-fn cut(state: &mut State) {
-    state.io = IoTable::Small(state.io.frames());
-}
-
-fn clear(state: &mut State, page: usize) {
-    if let IoTable::Small(frames) = &mut state.io {
-        frames[page] = None;
-    }
-}
-
-fn flush(state: &mut State, host: &mut Host, part: u8, fault: Option<Fault>) -> Stage {
-    let Some(what) = Host::flushes(fault).get(usize::from(part)).copied() else {
-        return after_flush(state, host);
-    };
-    match what {
-        Flush::Log => {
-            if fault != Some(Fault::SkipInvalidation) {
-                state.devices.iter_mut().for_each(|device| device.missed |= host.todo);
-            }
-            Stage::Flush(part + 1)
-        }
-        Flush::Grace if fault == Some(Fault::SkipGrace) => Stage::Flush(part + 1),
-        Flush::Grace => {
-            host.waits = (0..).zip(&state.devices).filter(|(_, device)| device.is_inside()).map(|(at, _)| 1u8 << at).sum();
-            if host.waits == 0 { Stage::Flush(part + 1) } else { Stage::Await(part) }
-        }
-        Flush::Ats => {
-            let asks = fault != Some(Fault::SkipAts) && host.todo != 0;
-            let asked = state.devices.iter_mut().filter(|device| asks && device.kind.ats && !device.quarantined);
-            let mut any = false;
-            for device in asked {
-                device.asked |= host.todo;
-                any = true;
-            }
-            if any { Stage::Await(part) } else { Stage::Flush(part + 1) }
-        }
-    }
-}
-
-fn after_flush(state: &mut State, host: &mut Host) -> Stage {
-    host.rest = host.todo;
-    match host.op {
-        Some(Op::Convert { .. }) => Stage::Switch,
-        Some(Op::Punch(_)) => Stage::Discard,
-        Some(Op::Trust(run)) => {
-            state.devices[0].promised = run;
-            Stage::Finish
-        }
-        _ => Stage::Finish,
-    }
-}
-
-/// Page by page, or both in one entry. A refusal ends the batch: what is done goes on, what is not stays.
-fn switch(state: &mut State, host: &mut Host, fails: bool, fault: Option<Fault>) -> Stage {
-    if fault == Some(Fault::MapBeforeSwitch) && host.rest == host.todo {
-        each(host.todo).for_each(|page| state.is[page] = if host.private() { Is::Private } else { Is::Shared });
-        if let IoTable::Small(frames) = &mut state.io {
-            each(host.todo).for_each(|page| frames[page] = Some(page as u8));
-        }
-    }
-    let private = host.private();
-    let Some(first) = each(host.rest).next() else {
-        return Stage::Commit;
-    };
-    let assigned = |page: usize| state.rmp.at(page).assigned;
-    let large = host.joined && host.rest == ALL && if private { !assigned(0) && !assigned(1) } else { state.rmp.large };
-    let pages = if large { ALL } else { one(first) };
-    // What only stage 2 did not take has its owner already.
-    let owned =
-        each(pages).all(|page| host.from[page] == if private { Is::Private } else { Is::Shared }) && fault != Some(Fault::AliasSlot);
-    let refused = fails || (!large && state.rmp.large);
-    if !owned && refused {
-        host.failed = true;
-        host.joined &= large;
-        if !private && host.from[first] == Is::Private {
-            host.leaked = pages;
-            state.rmp.leaked |= pages;
-        }
-        host.rest = 0;
-        return Stage::Commit;
-    }
-    if !owned {
-        let flip = u8::from(fault == Some(Fault::FlipRmpBit));
-        for page in each(pages) {
-            let gpa = if fault == Some(Fault::AliasSlot) && host.from[page] == Is::Private { ALIAS as u8 } else { page as u8 ^ flip };
-            state.rmp.entries[page] = if private { Entry { assigned: true, validated: false, gpa } } else { Entry::default() };
-        }
-        if large {
-            // While the first entry is large the second means nothing.
-            state.rmp.entries[1] = Entry::default();
-            state.rmp.large = private;
-        }
-    }
-    host.switched |= pages;
-    host.rest &= !pages;
-    if host.rest == 0 { Stage::Commit } else { Stage::Switch }
-}
-
-fn commit(state: &mut State, host: &mut Host, fault: Option<Fault>) -> Stage {
-    each(host.switched).for_each(|page| state.is[page] = if host.private() { Is::Private } else { Is::Shared });
-    // Nobody's any more: a leaked page is never mapped again.
-    each(host.leaked).for_each(|page| state.is[page] = Is::Absent);
-    state.released &= !host.switched;
-    if fault == Some(Fault::FreezeLate) {
-        freeze(state, host.todo);
-    }
-    if fault == Some(Fault::ThawBeforeCommit) {
-        thaw(state, host.todo, fault);
-    }
-    host.rest = host.switched;
-    if host.rest == 0 { to_attach(state, host, fault) } else { Stage::Tell }
-}
-
-fn tell(state: &mut State, host: &mut Host, fails: bool, fault: Option<Fault>) -> Stage {
-    let pages = host.told_next();
-    if fails {
-        // The owner has changed all the same; devices get nothing of what stage 2 does not have, and the error says so.
-        let has = if host.private() { state.kvm.private } else { !state.kvm.private };
-        let refused = pages & !has;
-        host.failed = true;
-        host.switched &= !refused;
-        host.untold |= refused;
-        state.kvm.untold |= refused;
-        state.kvm.untold &= !(pages & has);
-        if refused != pages && state.rmp.large {
-            // The rest will have a small leaf.
-            state.rmp.entries[1] = Entry { gpa: 1, ..state.rmp.entries[0] };
-            state.rmp.large = false;
-        }
-    } else {
-        let alias = if fault == Some(Fault::AliasSlot) && host.from[0] == Is::Private { one(ALIAS) } else { 0 };
-        let told = if alias != 0 { alias } else { pages };
-        state.kvm.private = if host.private() { state.kvm.private | told } else { state.kvm.private & !told };
-        state.kvm.untold &= !pages;
-    }
-    host.rest &= !pages;
-    if host.rest == 0 { to_attach(state, host, fault) } else { Stage::Tell }
-}
-
-fn to_attach(state: &mut State, host: &mut Host, fault: Option<Fault>) -> Stage {
-    host.rest = host.todo & !host.leaked & !host.untold;
-    if fault == Some(Fault::MapLeaked) {
-        host.rest = host.todo;
-    }
-    if fault == Some(Fault::RollbackForgetsLeaves) && host.failed {
-        host.rest &= host.switched;
-    }
-    if fault == Some(Fault::AcknowledgeBeforeAttach) {
-        host.changing = 0;
-    }
-    if fault == Some(Fault::UnlockBeforeAttach) {
-        state.lock = None;
-    }
-    let occupied = matches!(fault, Some(Fault::MapBeforeSwitch | Fault::LeaveSharedLeaf));
-    if host.rest == 0 || occupied { Stage::Thaw } else { Stage::Attach }
-}
-
-fn attach(state: &mut State, host: &mut Host, fault: Option<Fault>) -> Stage {
-    // Where all of it is one kind of thing, it is one leaf; private leaves are as large as their entries.
-    let alike = state.is[0] == state.is[1] && state.is[0] == if state.rmp.large { Is::Private } else { Is::Shared };
-    let one_fate = host.switched == 0 || host.switched == ALL;
-    if host.rest == ALL && host.joined && one_fate && alike {
-        state.io = IoTable::Large;
-        host.rest = 0;
-    } else if let Some(page) = each(host.rest).next() {
-        let frame = page ^ usize::from(fault == Some(Fault::CorruptLeaf));
-        let maps = state.is[page] != Is::Absent || fault == Some(Fault::MapLeaked);
-        let mut frames = state.io.frames();
-        if maps {
-            frames[page] = Some(frame as u8);
-        }
-        if state.io != IoTable::Large {
-            state.io = IoTable::Small(frames);
-        }
-        host.rest &= !one(page);
-    }
-    match host.op {
-        _ if host.rest != 0 => Stage::Attach,
-        Some(Op::Convert { .. }) => Stage::Thaw,
-        _ => Stage::Finish,
-    }
-}
-
-/// fallocate: KVM zaps, and the memory goes.
-fn discard(state: &mut State, host: &mut Host, fails: bool, fault: Option<Fault>) -> Stage {
-    if fails {
-        host.failed = true;
-        if fault == Some(Fault::IgnorePunch) {
-            return Stage::Finish;
-        }
-        state.is = host.from;
-        host.rest = each(host.todo).filter(|page| host.from[*page] != Is::Absent).map(one).sum();
-        return if host.rest == 0 { Stage::Finish } else { Stage::Attach };
-    }
-    zap(state, host.todo);
-    moves(state, host.todo);
-    state.released |= host.todo;
-    Stage::Finish
-}
-
-fn freeze(state: &mut State, pages: Set) {
-    zap(state, pages);
-    state.kvm.frozen |= pages;
-}
-
-fn thaw(state: &mut State, pages: Set, fault: Option<Fault>) {
-    state.kvm.frozen &= !pages;
-    if fault != Some(Fault::ForgetSequence) {
-        moves(state, pages);
-    }
-}
-
-fn zap(state: &mut State, pages: Set) {
-    each(pages).for_each(|page| state.kvm.leaves[page] = None);
-}
-
-fn moves(state: &mut State, pages: Set) {
-    if let Vcpu::Faulting { page, moved, .. } = &mut state.vcpu {
-        *moved |= pages & one(usize::from(*page)) != 0;
-    }
-}
-
-fn smash_sequence(state: &mut State, odd: bool) {
-    state.rmp.smashing = odd;
-    state.devices.iter_mut().for_each(Device::see_smash);
 }

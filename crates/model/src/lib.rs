@@ -3,7 +3,8 @@
 //! Read [`host`] first: it is D-6, one match arm a stage. [`device`] is D-2, what devices do meanwhile. [`state`] has the three tables. [`properties`] is
 //! what must hold in every state, by the design's numbers; [`faults`] are mistakes that are planted one at a time, to see the properties
 //! find each; [`scenes`] says who plays. The test `replay` takes the model's actions to the real code and compares the tables after each, and at the two
-//! moments inside of a conversion that the code shows: model and code cannot drift apart unnoticed.
+//! moments inside of a conversion that the code shows; `replay_ats` does so with a device that has a cache of its own, and compares that cache and who waits
+//! for whom. Model and code cannot drift apart unnoticed.
 //!
 //! What is left out: more than two pages, the words of page tables (`pt`'s loom tests have those), memory ordering (`sync`'s), page
 //! contents, dirty bits.

@@ -1,5 +1,6 @@
 //! Stopping a writer between two stores: in debug builds, code that edits shared tables calls [`pause`] before each store, and a test can
-//! have readers run there. That is a writer stopped at every step (I-15), without a second thread and without chance.
+//! have readers run there. That is a writer stopped at every step (I-15), without a second thread and without chance. A device with a cache of its own, and
+//! whoever waits for it, pause too.
 //!
 //! In a shuttle run each pause is a place where another thread may go on. In release builds, and without feature `std`, [`pause`] is nothing.
 
@@ -21,7 +22,7 @@ fn is_hooked() -> bool {
     return false;
 }
 
-/// Called before a store that readers may see.
+/// Called before a store that readers may see, and where a device or a waiter may be stopped.
 #[inline(always)]
 pub fn pause() {
     // A load that another thread may be run before.

@@ -17,6 +17,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
+use sync::pause::pause;
 use sync::{Slot, fail};
 
 /// A translation cache in a device, and the DMA that goes through it: for one thread at a time. A device can have several.
@@ -148,6 +149,8 @@ impl AtsDma {
     fn ask(&mut self, cache: &mut Cache, at: Iova, access: Access) -> Result<(Oa, u64), Fault> {
         self.requests += 1;
         let translation = self.translator.translate(at, access)?;
+        // The answer is on its way.
+        pause();
         let (leaf, into) = (translation.leaf, at.offset_from(translation.leaf.start()));
         cache.fill(leaf, Oa::new(translation.oa.get() - into), access == Access::Write);
         Ok((translation.oa, leaf.last().offset_from(at)))
@@ -185,6 +188,8 @@ impl AtsDma {
         let span = Span::from_len(oa, len).map_err(|_| (0, FaultKind::Wraps, None))?;
         let checked = self.device.iommu().rmp().check_translated(who, span, access.into());
         checked.map_err(|refusal| (refusal.at.get().saturating_sub(oa.get()), FaultKind::SecureTranslated, Some(refusal)))?;
+        // Allowed: the bytes come next.
+        pause();
         let backing = Windows::find(oa).ok_or((0, FaultKind::NoHostMemory, None))?;
         let copied = match (backing.host(oa, len), backing.owner(), backing.offset_of(oa, len)) {
             (Some(host), ..) => buffer.near(host, done as usize, len as usize),
