@@ -75,6 +75,35 @@ impl Leaf {
     }
 }
 
+/// A table below the top, and the size of the region that it serves: what a walker keeps so as to begin the next walk in that region there.
+/// An entry of a paging-structure cache (VT-d), of a page directory cache (AMD), of a walk cache (Arm).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct WalkEntry {
+    /// Address and level, as in a top word.
+    word: u64,
+    region: Lg2,
+}
+
+impl WalkEntry {
+    /// Size of the region that the table serves; the region is the block of that size around any address whose walk came by.
+    #[inline]
+    pub fn region(self) -> Lg2 {
+        self.region
+    }
+
+    /// Where the table is.
+    #[inline]
+    pub fn table(self) -> Oa {
+        Oa::new(self.word & !LEVEL_BITS)
+    }
+
+    /// Its level.
+    #[inline]
+    pub fn level(self) -> u8 {
+        (self.word & LEVEL_BITS) as u8
+    }
+}
+
 /// The level lives in the low bits of the top word, which a table's alignment leaves free.
 const LEVEL_BITS: u64 = 7;
 
@@ -119,6 +148,41 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
     #[inline]
     pub fn walk(&self, iova: Iova) -> Option<Leaf> {
         self.find(iova, F::decode)
+    }
+
+    /// As [`walk`](Self::walk), from a table that an earlier walk came by; from the top when there is none. Answers the leaf and the table that it
+    /// is in, for the next walk: the lowest on the way. None when that is the top, which may grow.
+    ///
+    /// `from` serves the region in which `iova` lies, and nothing of that region was in [`Gather::tables`] of an edit that is over, that is, whose
+    /// grace period is, since the walk that answered it. Then the table is where it was: either it is still part of the tree, and a walk from the top
+    /// would come by it; or its edit waits for the caller's guard, and it says what it said when it was taken out, which
+    /// is what the guard may see anyway (I-1, I-4).
+    #[inline]
+    pub fn walk_from(&self, from: Option<WalkEntry>, iova: Iova) -> Option<(Leaf, Option<WalkEntry>)> {
+        let (mut table, mut level, is_top) = match from {
+            Some(from) => (from.table(), from.level(), false),
+            None => {
+                let (top, level) = self.root();
+                if iova.get() > Self::reach(level) {
+                    return None;
+                }
+                (top, level, true)
+            }
+        };
+        let first = level;
+        loop {
+            let entry = self.arena.entry_at(table, F::slot(iova, level))?.load(Ordering::Acquire);
+            match F::decode(entry, level) {
+                Entry::Table(below) if level > 0 => (table, level) = (below, level - 1),
+                Entry::Leaf { size, oa, perm, dirty } => {
+                    let leaf = Leaf { iova: Iova::new(iova.get() >> size.0 << size.0), oa, size, perm, dirty };
+                    let below_top = !is_top || level < first;
+                    let own = || WalkEntry { word: table.get() | u64::from(level), region: Lg2(F::item_lg2(level + 1)) };
+                    return Some((leaf, below_top.then(own)));
+                }
+                _ => return None,
+            }
+        }
     }
 
     /// The leaf that stands at `iova`, also while somebody else's cut hides it from devices
