@@ -107,7 +107,8 @@ pub(crate) struct Context {
 
 impl Context {
     pub(crate) fn new(device: &Arc<Device>) -> Self {
-        let view = View::new(Followed(Arc::clone(device)), device.iommu().iotlb_entries());
+        let iommu = device.iommu();
+        let view = View::new(Followed(Arc::clone(device)), iommu.iotlb_entries(), iommu.walk_cache_entries());
         Self { view, rmp: Arc::clone(device.iommu().rmp()), counters: Counters::default(), late: None }
     }
 
@@ -141,6 +142,10 @@ impl Context {
 
     pub(crate) fn iotlb(&self) -> &Iotlb<Target> {
         self.view.iotlb()
+    }
+
+    pub(crate) fn walk_hits(&self) -> u64 {
+        self.view.walks().hits()
     }
 
     /// What most accesses find: a cached leaf that the page table lets be used so. It holds in the guard that is open, and in the one that
@@ -216,8 +221,14 @@ impl Context {
     /// The leaf that answers for `iova`, or of a leaf above [`LARGEST`] that much around it.
     fn walk(&mut self, iova: Iova) -> Result<Leaf, Refused> {
         self.counters.walks += 1;
+        let from = self.view.walks_mut().lookup(iova);
         let domain = self.domain().ok_or(Refused::by(FaultKind::NotAttached, None))?;
-        let leaf = domain.table().walk(iova).ok_or(Refused::by(FaultKind::NotMapped, None))?;
+        let mut table = None;
+        let leaf = domain.table().walk_from(from, iova, |lowest| table = Some(lowest));
+        let leaf = leaf.ok_or(Refused::by(FaultKind::NotMapped, None))?;
+        if let Some(table) = table {
+            self.view.walks_mut().fill(iova, table);
+        }
         if self.rmp.checks_pages() {
             return Ok(page_of(leaf, iova));
         }

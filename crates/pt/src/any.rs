@@ -77,13 +77,13 @@ impl<W: Deref<Target = [AtomicU64]>> AnyTable<W> {
 
     /// [`Table::walk_from`].
     #[inline]
-    pub fn walk_from(&self, from: Option<WalkEntry>, iova: Iova) -> Option<(Leaf, Option<WalkEntry>)> {
-        if let Self::AmdV1(table) = self { table.walk_from(from, iova) } else { self.walk_other_from(from, iova) }
+    pub fn walk_from(&self, from: Option<WalkEntry>, iova: Iova, keep: impl FnOnce(WalkEntry)) -> Option<Leaf> {
+        if let Self::AmdV1(table) = self { table.walk_from(from, iova, keep) } else { self.walk_other_from(from, iova, keep) }
     }
 
     #[inline(never)]
-    fn walk_other_from(&self, from: Option<WalkEntry>, iova: Iova) -> Option<(Leaf, Option<WalkEntry>)> {
-        with_formats!(table_of!(self, table => table.walk_from(from, iova)))
+    fn walk_other_from(&self, from: Option<WalkEntry>, iova: Iova, keep: impl FnOnce(WalkEntry)) -> Option<Leaf> {
+        with_formats!(table_of!(self, table => table.walk_from(from, iova, keep)))
     }
 
     /// [`Table::leaf_at`].

@@ -382,7 +382,8 @@ mod check {
                 };
                 see(&tree);
                 let top = tree.table.root().1;
-                let entry = tree.table.walk_from(None, leaf.start()).and_then(|(_, entry)| entry);
+                let mut entry = None;
+                tree.table.walk_from(None, leaf.start(), |kept| entry = Some(kept)).unwrap();
                 assert_eq!(entry.map(|entry| entry.level()), (level < top).then_some(level), "{}: {size}", F::NAME);
                 if leaf.contains(last) {
                     continue;
@@ -393,8 +394,9 @@ mod check {
                 tree.map(Span::block(last, F::GRANULE_LG2), Oa::new(0), Perm::RW, SizeSet::ALL).unwrap();
                 assert_eq!(tree.table.root().1, F::MAX_LEVEL.max(top), "{}", F::NAME);
                 see(&tree);
-                if let Some(entry) = entry {
-                    assert_eq!(tree.table.walk_from(Some(entry), some[3]).map(|(found, _)| found.span()), Some(leaf), "{}", F::NAME);
+                if entry.is_some() {
+                    let kept = |entry| panic!("{}: {entry:?} is no lower", F::NAME);
+                    assert_eq!(tree.table.walk_from(entry, some[3], kept).map(|found| found.span()), Some(leaf), "{}", F::NAME);
                 }
                 see(&tree);
             }

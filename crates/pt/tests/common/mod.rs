@@ -70,9 +70,8 @@ impl<F: Format> Tree<F> {
         let kept = walker.iter().filter(|(region, _)| region.contains(iova)).map(|(_, entry)| Some(*entry));
         let mut found = Vec::new();
         for from in kept.chain([None]) {
-            let walked = self.table.walk_from(from, iova);
-            assert_eq!(walked.map(|(leaf, _)| leaf), leaf, "{}: {iova} from {from:x?}", F::NAME);
-            found.extend(walked.and_then(|(_, entry)| entry));
+            let walked = self.table.walk_from(from, iova, |entry| found.push(entry));
+            assert_eq!(walked, leaf, "{}: {iova} from {from:x?}", F::NAME);
         }
         walker.extend(found.into_iter().map(|entry| (Span::block(iova, entry.region().0), entry)));
         leaf
