@@ -221,14 +221,9 @@ impl Context {
     /// The leaf that answers for `iova`, or of a leaf above [`LARGEST`] that much around it.
     fn walk(&mut self, iova: Iova) -> Result<Leaf, Refused> {
         self.counters.walks += 1;
-        let from = self.view.walks_mut().lookup(iova);
         let domain = self.domain().ok_or(Refused::by(FaultKind::NotAttached, None))?;
-        let mut table = None;
-        let leaf = domain.table().walk_from(from, iova, |lowest| table = Some(lowest));
+        let leaf = if self.view.walks().is_on() { self.walk_low(iova) } else { domain.table().walk(iova) };
         let leaf = leaf.ok_or(Refused::by(FaultKind::NotMapped, None))?;
-        if let Some(table) = table {
-            self.view.walks_mut().fill(iova, table);
-        }
         if self.rmp.checks_pages() {
             return Ok(page_of(leaf, iova));
         }
@@ -237,6 +232,18 @@ impl Context {
         }
         let start = iova.align_down(LARGEST.0);
         Ok(Leaf { iova: start, oa: leaf.oa_of(start), size: LARGEST, ..leaf })
+    }
+
+    /// The walk, from the lowest table that is cached. Apart, so that who caches no tables has a walk of its own.
+    #[inline(never)]
+    fn walk_low(&mut self, iova: Iova) -> Option<Leaf> {
+        let from = self.view.walks_mut().lookup(iova);
+        let mut table = None;
+        let leaf = self.domain()?.table().walk_from(from, iova, |lowest| table = Some(lowest));
+        if let Some(table) = table {
+            self.view.walks_mut().fill(iova, table);
+        }
+        leaf
     }
 
     fn fill(&mut self, leaf: Leaf) -> Hit<Target> {

@@ -98,7 +98,9 @@ pub struct Config {
     /// Translations that each DMA context can cache, 32 bytes each.
     pub iotlb_entries: usize,
     /// Tables that each DMA context can cache so as to begin walks at them, 16 bytes each: what hardware calls paging-structure caches, page directory
-    /// caches or walk caches. None when 0.
+    /// caches or walk caches. None when 0, as by default: the top of a tree is in the processor's own cache, so a walk of three or four
+    /// levels costs about as much as looking for its end. A cache makes sense for trees of five levels, and for tests, which see with it what
+    /// hardware would do.
     pub walk_cache_entries: usize,
     /// Fault records that are kept.
     pub fault_records: usize,
@@ -114,7 +116,7 @@ impl Default for Config {
         Self {
             table_bytes: 16 << 30,
             iotlb_entries: 16_384,
-            walk_cache_entries: 64,
+            walk_cache_entries: 0,
             fault_records: 1024,
             ats_timeout: Duration::from_millis(100),
             domain: DomainConfig::default(),

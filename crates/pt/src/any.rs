@@ -76,7 +76,7 @@ impl<W: Deref<Target = [AtomicU64]>> AnyTable<W> {
     }
 
     /// [`Table::walk_from`].
-    #[inline]
+    #[inline(always)]
     pub fn walk_from(&self, from: Option<WalkEntry>, iova: Iova, keep: impl FnOnce(WalkEntry)) -> Option<Leaf> {
         if let Self::AmdV1(table) = self { table.walk_from(from, iova, keep) } else { self.walk_other_from(from, iova, keep) }
     }

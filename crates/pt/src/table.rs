@@ -164,7 +164,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
     /// `from` serves the region in which `iova` lies, and since it was kept nothing of that region was in [`Gather::tables`](crate::Gather::tables) of
     /// an edit whose grace period is over. Then the table is what it was: either it is still part of the tree, and a walk from the top would come by it; or
     /// its edit waits for the caller's guard, and it says what it said when it was taken out, which is what this guard may see anyway (I-1, I-4).
-    #[inline]
+    #[inline(always)]
     pub fn walk_from(&self, from: Option<WalkEntry>, iova: Iova, keep: impl FnOnce(WalkEntry)) -> Option<Leaf> {
         let (mut table, mut level) = match from {
             Some(from) => (from.table(), from.level()),
