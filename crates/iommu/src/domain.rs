@@ -116,14 +116,20 @@ impl Domain {
     /// The first half of [`Domain::flush`], for an edit over several domains: log in all of them, then wait in all of them. Contexts forget what they
     /// have cached of leaves and tables that went; devices with caches of their own are told of the leaves.
     pub fn invalidate(&self, gather: &Gather) {
-        self.log(gather.spans(), gather.tables());
+        // Most edits take no table out, and pay for none.
+        if gather.retires_tables() {
+            self.tell(|log| log.append_with_tables(gather.spans(), gather.tables()));
+        } else {
+            self.tell(|log| log.append(gather.spans()));
+        }
     }
 
-    fn log(&self, spans: impl Iterator<Item = Span<Iova>>, regions: impl Iterator<Item = Span<Iova>>) {
+    #[inline(always)]
+    fn tell(&self, append: impl FnOnce(&Log) -> u64) {
         if fail::planted("iommu.skip_invalidate") {
             return;
         }
-        self.log.append_with_tables(spans, regions);
+        append(&self.log);
         if !self.ports.is_empty() {
             self.ports.send(&self.log);
         }
@@ -168,7 +174,7 @@ impl Domain {
     }
 
     fn flush_now(&self, span: Span<Iova>, tables: Option<Span<Iova>>) {
-        self.log(std::iter::once(span), tables.into_iter());
+        self.tell(|log| log.append_with_tables(std::iter::once(span), tables.into_iter()));
         self.wait();
     }
 

@@ -88,14 +88,18 @@ impl Log {
         let _writer = self.front.writer.lock().unwrap_or_else(PoisonError::into_inner);
         let before = self.front.head.load(Ordering::Relaxed);
         let mut head = before;
-        spans.for_each(|span| self.write(&mut head, span, 0));
+        for span in spans {
+            self.write(&mut head, span, 0);
+        }
         let spans = head - before;
-        regions.for_each(|region| self.write(&mut head, region, TABLES));
+        for region in regions {
+            self.write(&mut head, region, TABLES);
+        }
         self.front.head.store(head, Ordering::Release);
         spans
     }
 
-    #[inline]
+    #[inline(always)]
     fn write(&self, head: &mut u64, span: Span<Iova>, what: u64) {
         let slot = &self.slots[(*head % SLOTS) as usize];
         *head += 1;

@@ -104,6 +104,12 @@ impl Gather {
         self.region.iter().chain(self.extra.iter().flat_map(|extra| &extra.regions)).copied()
     }
 
+    /// Whether [`Gather::tables`] has any.
+    #[inline]
+    pub fn retires_tables(&self) -> bool {
+        self.region.is_some()
+    }
+
     /// Adds a region that a retired table served, or a tree of them.
     #[cold]
     pub(crate) fn add_region(&mut self, region: Span<Iova>) {
