@@ -148,17 +148,24 @@ impl<S: Source, V: Copy + Default> View<S, V> {
         let Some(domain) = self.identity.domain() else { return };
         let head = domain.log().head();
         if head != self.seen {
-            let (iotlb, walks) = (&mut self.iotlb, &mut self.walks);
-            domain.log().catch_up(self.seen, head, |missed| match missed {
-                Missed::Span(span) => iotlb.invalidate(span),
-                Missed::Tables(region) => walks.invalidate(region),
-                Missed::Everything => {
-                    iotlb.flush();
-                    walks.flush();
-                }
-            });
-            self.seen = head;
+            self.forget(head);
         }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn forget(&mut self, head: u64) {
+        let Some(domain) = self.identity.domain() else { return };
+        let (iotlb, walks) = (&mut self.iotlb, &mut self.walks);
+        domain.log().catch_up(self.seen, head, |missed| match missed {
+            Missed::Span(span) => iotlb.invalidate(span),
+            Missed::Tables(region) => walks.invalidate(region),
+            Missed::Everything => {
+                iotlb.flush();
+                walks.flush();
+            }
+        });
+        self.seen = head;
     }
 }
 

@@ -28,11 +28,11 @@ const INLINE: usize = 2;
 #[must_use = "retired tables and stale translations stay until finish() is called"]
 #[derive(Debug)]
 pub struct Gather {
+    /// Spans from the front, and in the last place the first region, if there is one: nothing larger is moved about for the few edits that have both.
     inline: [Span<Iova>; INLINE],
-    inline_len: u32,
+    inline_len: u16,
+    has_region: bool,
     retired: List,
-    /// What the retired tables served: the first region, and more of them in `extra`.
-    region: Option<Span<Iova>>,
     /// What only batches and merges need, so that the common gather stays small.
     extra: Option<Box<Extra>>,
 }
@@ -57,13 +57,15 @@ impl Gather {
     /// Nothing gathered, nothing allocated.
     pub const fn new() -> Self {
         const UNUSED: Span<Iova> = Span::zero();
-        Self { inline: [UNUSED; INLINE], inline_len: 0, retired: List::new(), region: None, extra: None }
+        Self { inline: [UNUSED; INLINE], inline_len: 0, has_region: false, retired: List::new(), extra: None }
     }
 
     /// Room for `spans` separate spans and as many regions, so that a batch is invalidated exactly. Without room they are widened, which is
     /// always safe.
     pub fn reserve(&mut self, spans: usize) {
-        if let Some(more) = spans.checked_sub(INLINE).filter(|more| *more > 0) {
+        if spans > INLINE {
+            // One of either may have a place of its own.
+            let more = spans - 1;
             let extra = self.extra.get_or_insert_default();
             // A failure only costs precision.
             let _ = extra.spans.try_reserve(more).and_then(|()| extra.regions.try_reserve(more));
@@ -87,9 +89,10 @@ impl Gather {
 
     #[cold]
     fn add_to_others(&mut self, span: Span<Iova>) {
-        let (inline, more) = (&mut self.inline[..self.inline_len as usize], self.extra.as_mut().map(|extra| &mut extra.spans));
-        if let Some(apart) = put(inline, more, span, (self.inline_len as usize) < INLINE) {
-            self.inline[self.inline_len as usize] = apart;
+        let (len, has_room) = (self.inline_len as usize, (self.inline_len as usize) < INLINE - usize::from(self.has_region));
+        let more = self.extra.as_mut().map(|extra| &mut extra.spans);
+        if let Some(apart) = put(&mut self.inline[..len], more, span, has_room) {
+            self.inline[len] = apart;
             self.inline_len += 1;
         }
     }
@@ -99,25 +102,34 @@ impl Gather {
         self.inline[..self.inline_len as usize].iter().chain(self.extra.iter().flat_map(|extra| &extra.spans)).copied()
     }
 
-    /// The regions whose tables went: what a walker keeps of the way to a table that serves any part of one must go. Before the tables are used for something else, as for [`Gather::spans`] before the pages are.
+    /// The regions whose tables went: what a walker keeps of the way to a table that serves any part of one must go. Before the tables are
+    /// used for something else, as for [`Gather::spans`] before the pages are.
     pub fn tables(&self) -> impl Iterator<Item = Span<Iova>> {
-        self.region.iter().chain(self.extra.iter().flat_map(|extra| &extra.regions)).copied()
+        let first = self.has_region.then_some(&self.inline[INLINE - 1]);
+        first.into_iter().chain(self.extra.iter().flat_map(|extra| &extra.regions)).copied()
     }
 
     /// Whether [`Gather::tables`] has any.
     #[inline]
     pub fn retires_tables(&self) -> bool {
-        self.region.is_some()
+        self.has_region
     }
 
     /// Adds a region that a retired table served, or a tree of them.
     #[cold]
     pub(crate) fn add_region(&mut self, region: Span<Iova>) {
-        let more = self.extra.as_mut().map(|extra| &mut extra.regions);
-        match &mut self.region {
-            Some(first) => _ = put(core::slice::from_mut(first), more, region, false),
-            none => *none = Some(region),
+        if self.has_region {
+            let more = self.extra.as_mut().map(|extra| &mut extra.regions);
+            put(&mut self.inline[INLINE - 1..], more, region, false);
+            return;
         }
+        if self.inline_len as usize == INLINE {
+            let more = self.extra.as_mut().map(|extra| &mut extra.spans);
+            let second = self.inline[INLINE - 1];
+            put(&mut self.inline[..INLINE - 1], more, second, false);
+            self.inline_len -= 1;
+        }
+        (self.inline[INLINE - 1], self.has_region) = (region, true);
     }
 
     pub(crate) fn retire<W: Deref<Target = [AtomicU64]>>(&mut self, arena: &Arena<W>, table: TableId) {
