@@ -194,8 +194,8 @@ fn explore(preemptions: usize, fault: Fault, scenario: fn(&Arc<Domain>, &Arc<Ato
 
 struct Found;
 
-/// A reader in a thread of its own, and a writer in this one: so that loom tries every order of the two, the reader's every step in question has the writer's
-/// after it at first. Afterwards the reader looks at the last granule and at the other region.
+/// A reader in a thread of its own beside a writer in this one. That way round: loom tries few orders of a spawned writer and a main thread that
+/// reads. Afterwards the context comes back, and has to find what is in the other region.
 fn beside(
     domain: &Arc<Domain>,
     granules: [u64; 2],
