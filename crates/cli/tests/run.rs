@@ -99,7 +99,7 @@ fn a_device_that_never_answers_is_reported() {
 fn every_planted_fault_is_found() {
     let list = lockstep(&["--break", "list"]);
     let names: Vec<&str> = std::str::from_utf8(&list.stdout).expect("names are text").lines().collect();
-    assert!(list.status.success() && names.len() >= 11, "{names:?}");
+    assert!(list.status.success() && names.len() >= 12, "{names:?}");
     for name in names {
         for vm in ["auto", "thread"] {
             let output = lockstep(&["--seconds", "10", "--memory", "64M", "--vm", vm, "--json", "--break", name]);

@@ -71,7 +71,7 @@ impl Edit {
         }
         // Log in all domains before the first wait, so that their grace periods overlap.
         for slot in self.slots().filter(|slot| !slot.is_flushed()) {
-            slot.domain.invalidate(slot.gather.spans());
+            slot.domain.invalidate(&slot.gather);
         }
         for slot in self.slots().filter(|slot| !slot.is_flushed()) {
             slot.domain.wait();

@@ -178,6 +178,7 @@ impl Port {
         if !fail::planted("iommu.ats_false_answer") {
             self.queue.catch_up(cache.seen, head, |missed| match missed {
                 Missed::Span(span) => cache.invalidate(span),
+                Missed::Tables(_) => {}
                 Missed::Everything => cache.clear(),
             });
         }
@@ -212,6 +213,7 @@ impl Port {
         self.queue.catch_up(since.min(head), head, |missed| {
             let span = match missed {
                 Missed::Span(span) => span,
+                Missed::Tables(_) => return,
                 Missed::Everything => Span::whole(),
             };
             hull = Some(hull.map_or(span, |hull| Span::of(hull.start().min(span.start()), hull.last().max(span.last()))));

@@ -107,7 +107,8 @@ pub(crate) struct Context {
 
 impl Context {
     pub(crate) fn new(device: &Arc<Device>) -> Self {
-        let view = View::new(Followed(Arc::clone(device)), device.iommu().iotlb_entries());
+        let iommu = device.iommu();
+        let view = View::new(Followed(Arc::clone(device)), iommu.iotlb_entries(), iommu.walk_cache_entries());
         Self { view, rmp: Arc::clone(device.iommu().rmp()), counters: Counters::default(), late: None }
     }
 
@@ -141,6 +142,10 @@ impl Context {
 
     pub(crate) fn iotlb(&self) -> &Iotlb<Target> {
         self.view.iotlb()
+    }
+
+    pub(crate) fn walk_hits(&self) -> u64 {
+        self.view.walks().hits()
     }
 
     /// What most accesses find: a cached leaf that the page table lets be used so. It holds in the guard that is open, and in the one that
@@ -217,7 +222,8 @@ impl Context {
     fn walk(&mut self, iova: Iova) -> Result<Leaf, Refused> {
         self.counters.walks += 1;
         let domain = self.domain().ok_or(Refused::by(FaultKind::NotAttached, None))?;
-        let leaf = domain.table().walk(iova).ok_or(Refused::by(FaultKind::NotMapped, None))?;
+        let leaf = if self.view.walks().is_on() { self.walk_low(iova) } else { domain.table().walk(iova) };
+        let leaf = leaf.ok_or(Refused::by(FaultKind::NotMapped, None))?;
         if self.rmp.checks_pages() {
             return Ok(page_of(leaf, iova));
         }
@@ -226,6 +232,18 @@ impl Context {
         }
         let start = iova.align_down(LARGEST.0);
         Ok(Leaf { iova: start, oa: leaf.oa_of(start), size: LARGEST, ..leaf })
+    }
+
+    /// The walk, from the lowest table that is cached. Apart, so that who caches no tables has a walk of its own.
+    #[inline(never)]
+    fn walk_low(&mut self, iova: Iova) -> Option<Leaf> {
+        let from = self.view.walks_mut().lookup(iova);
+        let mut table = None;
+        let leaf = self.domain()?.table().walk_from(from, iova, |lowest| table = Some(lowest));
+        if let Some(table) = table {
+            self.view.walks_mut().fill(iova, table);
+        }
+        leaf
     }
 
     fn fill(&mut self, leaf: Leaf) -> Hit<Target> {

@@ -68,6 +68,8 @@ pub struct DmaStats {
     pub iotlb: IotlbStats,
     /// Page-table walks.
     pub walks: u64,
+    /// Those of them that began at a cached table.
+    pub short_walks: u64,
     /// Checks that were made again because a size did not match.
     pub rechecks: u64,
     /// Refused calls.
@@ -302,7 +304,14 @@ impl Dma {
     /// Counters since the context was made.
     pub fn stats(&self) -> DmaStats {
         let counters = self.context.counters;
-        DmaStats { iotlb: self.context.iotlb().stats(), walks: counters.walks, rechecks: counters.rechecks, faults: counters.faults }
+        let short_walks = self.context.walk_hits();
+        DmaStats {
+            iotlb: self.context.iotlb().stats(),
+            walks: counters.walks,
+            short_walks,
+            rechecks: counters.rechecks,
+            faults: counters.faults,
+        }
     }
 
     /// Translations that are cached now.

@@ -36,7 +36,7 @@ pub struct Domain {
 /// What a domain's edits cost its readers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FlushStats {
-    /// Spans that were logged for invalidation.
+    /// Spans that were logged for invalidation, of leaves and of tables.
     pub spans: u64,
     /// Grace periods that were waited for.
     pub graces: u64,
@@ -108,17 +108,28 @@ impl Domain {
     /// When the calling thread holds a zero-copy slice of this domain; ask [`Domain::held_by_caller`] before clearing anything.
     pub fn flush(&self, gather: Gather) {
         gather.finish(self.table.arena(), |gather| {
-            self.invalidate(gather.spans());
+            self.invalidate(gather);
             self.wait();
         });
     }
 
-    /// The first half of [`Domain::flush`], for an edit over several domains: log in all of them, then wait in all of them.
-    pub fn invalidate(&self, spans: impl Iterator<Item = Span<Iova>>) {
+    /// The first half of [`Domain::flush`], for an edit over several domains: log in all of them, then wait in all of them. Contexts forget what they
+    /// have cached of leaves and tables that went; devices with caches of their own are told of the leaves.
+    pub fn invalidate(&self, gather: &Gather) {
+        // Most edits take no table out, and pay for none.
+        if gather.retires_tables() {
+            self.tell(|log| log.append_with_tables(gather.spans(), gather.tables()));
+        } else {
+            self.tell(|log| log.append(gather.spans()));
+        }
+    }
+
+    #[inline(always)]
+    fn tell(&self, append: impl FnOnce(&Log) -> u64) {
         if fail::planted("iommu.skip_invalidate") {
             return;
         }
-        self.log.append(spans);
+        append(&self.log);
         if !self.ports.is_empty() {
             self.ports.send(&self.log);
         }
@@ -149,17 +160,21 @@ impl Domain {
     /// # Panics
     /// As [`Domain::flush`], in such a format.
     pub fn cut(&self, span: Span<Iova>, sizes: SizeSet, stock: &mut Stock<Words>) -> Result<u32, NoTable> {
-        self.table.cut(span, sizes, stock, |broken| self.flush_now(broken))
+        self.table.cut(span, sizes, stock, |broken| self.flush_now(broken, None))
     }
 
     /// Joins leaves inside `span`, all of which the caller holds until it has flushed `gather`: [`pt::Table::merge`]. Where the format needs
     /// break-before-make nothing is joined: a larger leaf is not worth the DMA that would fault meanwhile.
     pub fn merge(&self, span: Span<Iova>, sizes: SizeSet, gather: &mut Gather) -> u32 {
-        if self.format.hitless().is_allowed() { self.table.merge(span, sizes, gather, |broken| self.flush_now(broken)) } else { 0 }
+        if self.format.hitless().is_allowed() {
+            self.table.merge(span, sizes, gather, |broken| self.flush_now(broken, Some(broken)))
+        } else {
+            0
+        }
     }
 
-    fn flush_now(&self, span: Span<Iova>) {
-        self.invalidate(std::iter::once(span));
+    fn flush_now(&self, span: Span<Iova>, tables: Option<Span<Iova>>) {
+        self.tell(|log| log.append_with_tables(std::iter::once(span), tables.into_iter()));
         self.wait();
     }
 
@@ -174,7 +189,7 @@ impl Domain {
         // After the grace period every write is one that knows. Devices that translated for a write before have to ask again.
         self.readers.grace(self.id);
         if !self.ports.is_empty() {
-            self.flush_now(Span::whole());
+            self.flush_now(Span::whole(), None);
         }
     }
 

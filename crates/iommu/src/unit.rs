@@ -97,6 +97,11 @@ pub struct Config {
     pub table_bytes: u64,
     /// Translations that each DMA context can cache, 32 bytes each.
     pub iotlb_entries: usize,
+    /// Tables that each DMA context can cache so as to begin walks at them, 16 bytes each: what hardware calls paging-structure caches, page directory
+    /// caches or walk caches. None when 0, as by default: the top of a tree is in the processor's own cache, so a walk of three or four
+    /// levels costs about as much as looking for its end. A cache makes sense for trees of five levels, and for tests, which see with it what
+    /// hardware would do.
+    pub walk_cache_entries: usize,
     /// Fault records that are kept.
     pub fault_records: usize,
     /// How long a device may take to answer an invalidation of its translation cache; then it is quarantined.
@@ -111,6 +116,7 @@ impl Default for Config {
         Self {
             table_bytes: 16 << 30,
             iotlb_entries: 16_384,
+            walk_cache_entries: 0,
             fault_records: 1024,
             ats_timeout: Duration::from_millis(100),
             domain: DomainConfig::default(),
@@ -125,6 +131,7 @@ pub struct Iommu {
     readers: Arc<Readers>,
     faults: FaultLog,
     iotlb_entries: usize,
+    walk_cache_entries: usize,
     ats_timeout: Duration,
     domain: DomainConfig,
     /// Of domains, and of everything else that guards are told apart by.
@@ -146,6 +153,7 @@ impl Iommu {
             readers: Arc::default(),
             faults: FaultLog::new(config.fault_records),
             iotlb_entries: config.iotlb_entries,
+            walk_cache_entries: config.walk_cache_entries,
             ats_timeout: config.ats_timeout,
             domain: config.domain,
             next_domain: AtomicU32::new(1),
@@ -203,6 +211,10 @@ impl Iommu {
 
     pub(crate) fn ats_timeout(&self) -> Duration {
         self.ats_timeout
+    }
+
+    pub(crate) fn walk_cache_entries(&self) -> usize {
+        self.walk_cache_entries
     }
 
     pub(crate) fn iotlb_entries(&self) -> usize {

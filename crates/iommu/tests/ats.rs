@@ -49,6 +49,29 @@ fn a_translation_is_asked_for_once_and_goes_with_the_mapping() {
     assert_eq!((machine.device.ats().caches, machine.device.ats().sent), (0, 1), "a cache that is gone is asked nothing");
 }
 
+/// A merge takes a table and changes no translation: walkers hear of it, devices do not.
+#[test]
+fn a_merge_is_nothing_to_a_device() {
+    let _turn = turn();
+    let machine = Machine::new(2 << 20, Frames::Contiguous);
+    machine.map_small(BASE, 0, 2 << 20);
+    let mut dma = ats(&machine);
+    dma.write(BASE, b"before").unwrap();
+    for _ in 0..2000 {
+        machine.merge(span(BASE, 2 << 20));
+        machine.cut(span(BASE, 0x1000));
+        machine.cut(span(BASE.plus(0x1000), 0x1000));
+    }
+    assert!(machine.domain.flush_stats().spans >= 2000, "each merge is in the log");
+    let stats = machine.device.ats();
+    assert_eq!((stats.sent, stats.timeouts, dma.cached()), (0, 0, 1));
+    dma.write(BASE, b"after").unwrap();
+    assert_eq!(dma.requests(), 1);
+    // And the log was not overrun meanwhile, for one who is asked now.
+    machine.unmap(span(BASE.plus(0x1000), 0x1000));
+    assert_eq!((machine.device.ats().sent, dma.cached()), (1, 1));
+}
+
 /// Read translations don't serve writes: the page table has to learn of those (dirty bits).
 #[test]
 fn writes_are_asked_for_as_such() {
@@ -133,7 +156,9 @@ fn time_outs_overlap() {
         dmas.push(dma);
     }
     let began = Instant::now();
-    domains.iter().for_each(|domain| domain.invalidate(std::iter::once(span(BASE, 0x1000))));
+    let mut gather = Gather::new();
+    gather.add(span(BASE, 0x1000));
+    gather.finish(machine.iommu.arena(), |gather| domains.iter().for_each(|domain| domain.invalidate(gather)));
     domains.iter().for_each(|domain| domain.wait());
     let took = began.elapsed();
     assert!(took >= TIMEOUT && took < 2 * TIMEOUT, "{took:?}");
@@ -182,8 +207,12 @@ fn who_misses_more_than_the_queue_holds_forgets_everything() {
     dma.read(BASE, &mut [0]).unwrap();
     dma.read(BASE.plus(0x7f_f000), &mut [0]).unwrap();
     assert_eq!(dma.cached(), 2);
-    let gone = (0..3000).map(|page| span(BASE.plus((page % 1024) << 12), 0x1000));
-    machine.domain.invalidate(gone);
+    let mut gather = Gather::new();
+    gather.reserve(3000);
+    // No two in a row are neighbours, which would be one span.
+    (0..3000).for_each(|page| gather.add(span(BASE.plus((page * 7 % 1024) << 12), 0x1000)));
+    assert!(gather.spans().count() > 1024);
+    gather.finish(machine.iommu.arena(), |gather| machine.domain.invalidate(gather));
     machine.domain.wait();
     assert_eq!(dma.cached(), 0);
     assert!(!machine.device.is_quarantined());

@@ -3,6 +3,9 @@
 //! A ring of spans under a running number. A context compares one number when it enters a guard; what it missed it reads without a
 //! lock, and each slot says whose number it holds, so a slot that was overwritten meanwhile is noticed. Whoever missed more than the
 //! ring has forgets everything.
+//!
+//! One log serves both caches of a context: a span names leaves, or the tables that serve it ([`pt::Gather`]). What is about one leaves the
+//! other alone, so a merge costs no cached translation.
 
 use crate::sys::{AtomicU64, Mutex, Ordering, fence};
 use addr::{Iova, Span};
@@ -11,7 +14,8 @@ use std::sync::PoisonError;
 /// Spans that the ring keeps: four batches of the largest size (253). Under loom so few that every test can overrun it.
 const SLOTS: u64 = if cfg!(loom) { 2 } else { 1024 };
 
-/// One logged span. `number` is its place in the log counted from 1; 0 while the slot is being written. Never on two cache lines.
+/// One logged span. `number` is its place in the log counted from 1, twice, and one more when the span is about tables; 0 while the slot is
+/// being written. Never on two cache lines.
 #[repr(align(32))]
 struct Slot {
     number: AtomicU64,
@@ -26,11 +30,16 @@ impl Slot {
     }
 }
 
+/// In a slot's number: the span is about tables.
+const TABLES: u64 = 1;
+
 /// What a context has to forget.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Missed {
-    /// What is cached of these addresses.
+    /// The translations of these addresses.
     Span(Span<Iova>),
+    /// The tables that serve any of these addresses. Translations stay.
+    Tables(Span<Iova>),
     /// All of it: more was logged than the ring keeps.
     Everything,
 }
@@ -68,23 +77,38 @@ impl Log {
         self.front.head.load(Ordering::Acquire)
     }
 
-    /// Logs the spans; they become visible together. Does not allocate. Answers how many there were.
+    /// Logs spans whose translations go; they become visible together. Does not allocate. Answers how many there were.
     pub fn append(&self, spans: impl Iterator<Item = Span<Iova>>) -> u64 {
+        self.append_with_tables(spans, std::iter::empty())
+    }
+
+    /// Logs all that an edit took out, as [`pt::Gather`] has it: spans whose translations go, and regions whose tables go. They become visible
+    /// together. Does not allocate. Answers how many spans there were.
+    pub fn append_with_tables(&self, spans: impl Iterator<Item = Span<Iova>>, regions: impl Iterator<Item = Span<Iova>>) -> u64 {
         let _writer = self.front.writer.lock().unwrap_or_else(PoisonError::into_inner);
         let before = self.front.head.load(Ordering::Relaxed);
         let mut head = before;
         for span in spans {
-            let slot = &self.slots[(head % SLOTS) as usize];
-            head += 1;
-            slot.number.store(0, Ordering::Relaxed);
-            // A reader that sees one of the values below sees the number gone, too.
-            fence(Ordering::Release);
-            slot.start.store(span.start().get(), Ordering::Relaxed);
-            slot.last.store(span.last().get(), Ordering::Relaxed);
-            slot.number.store(head, Ordering::Relaxed);
+            self.write(&mut head, span, 0);
+        }
+        let spans = head - before;
+        for region in regions {
+            self.write(&mut head, region, TABLES);
         }
         self.front.head.store(head, Ordering::Release);
-        head - before
+        spans
+    }
+
+    #[inline(always)]
+    fn write(&self, head: &mut u64, span: Span<Iova>, what: u64) {
+        let slot = &self.slots[(*head % SLOTS) as usize];
+        *head += 1;
+        slot.number.store(0, Ordering::Relaxed);
+        // A reader that sees one of the values below sees the number gone, too.
+        fence(Ordering::Release);
+        slot.start.store(span.start().get(), Ordering::Relaxed);
+        slot.last.store(span.last().get(), Ordering::Relaxed);
+        slot.number.store(*head << 1 | what, Ordering::Relaxed);
     }
 
     /// Tells `forget` what was logged after number `since`, up to `head`.
@@ -95,7 +119,7 @@ impl Log {
         }
         for number in since + 1..=head {
             match self.read(number) {
-                Some(span) => forget(Missed::Span(span)),
+                Some(missed) => forget(missed),
                 None => return forget(Missed::Everything),
             }
         }
@@ -103,12 +127,13 @@ impl Log {
 
     /// `number` is at most a head that was read before, so what is read here is that span or one that took its slot since. In that case the number
     /// is gone, and went first.
-    fn read(&self, number: u64) -> Option<Span<Iova>> {
+    fn read(&self, number: u64) -> Option<Missed> {
         let slot = &self.slots[((number - 1) % SLOTS) as usize];
         let (start, last) = (slot.start.load(Ordering::Relaxed), slot.last.load(Ordering::Relaxed));
         fence(Ordering::Acquire);
-        let still = slot.number.load(Ordering::Relaxed) == number;
-        still.then(|| Span::new(Iova::new(start), Iova::new(last))).flatten()
+        let now = slot.number.load(Ordering::Relaxed);
+        let span = Span::new(Iova::new(start), Iova::new(last)).filter(|_| now >> 1 == number)?;
+        Some(if now & TABLES == 0 { Missed::Span(span) } else { Missed::Tables(span) })
     }
 }
 
@@ -146,6 +171,18 @@ mod tests {
     }
 
     #[test]
+    fn leaves_and_tables_are_told_apart() {
+        let log = Log::new();
+        assert_eq!(log.append_with_tables([span(1), span(2)].into_iter(), [span(3)].into_iter()), 2);
+        assert_eq!(log.append_with_tables([].into_iter(), [span(4)].into_iter()), 0);
+        log.append([span(5)].into_iter());
+        let mut seen = Vec::new();
+        log.catch_up(0, log.head(), |missed| seen.push(missed));
+        let expected = [(1, false), (2, false), (3, true), (4, true), (5, false)];
+        assert_eq!(seen, expected.map(|(at, tables)| if tables { Missed::Tables(span(at)) } else { Missed::Span(span(at)) }));
+    }
+
+    #[test]
     fn what_is_overwritten_while_it_is_read_is_noticed() {
         let log = Log::new();
         log.append((0..10).map(span));
@@ -174,6 +211,7 @@ mod tests {
                         assert_eq!(seen, span(seen.start().get()));
                         spans += 1;
                     }
+                    Missed::Tables(span) => panic!("{span} was logged as one of leaves"),
                     Missed::Everything => overruns += 1,
                 });
                 since = head;

@@ -6,7 +6,7 @@
 //! numbers are as they were, all that was looked up before the guard is as good as if it had been looked up inside: the cache is
 //! private, and it is the entry into the guard that decides what of it still holds.
 
-use crate::{Iotlb, Log, Missed};
+use crate::{Iotlb, Log, Missed, Walks};
 use std::sync::Arc;
 use sync::Slot;
 
@@ -38,18 +38,20 @@ pub trait Identity {
     fn domain(&self) -> Option<&Arc<Self::Domain>>;
 }
 
-/// Translations of a source's domain, and how far its log has been applied to them.
+/// Translations and tables of a source's domain, and how far its log has been applied to them.
 pub struct View<S: Source, V> {
     source: S,
     identity: S::Identity,
     iotlb: Iotlb<V>,
     seen: u64,
+    walks: Walks,
 }
 
 impl<S: Source, V: Copy + Default> View<S, V> {
-    /// Nothing cached yet, with room for `entries`.
-    pub fn new(source: S, entries: usize) -> Self {
-        let mut view = Self { identity: source.identity(), source, iotlb: Iotlb::new(entries), seen: 0 };
+    /// Nothing cached yet, with room for `entries` translations and `tables` tables.
+    pub fn new(source: S, entries: usize, tables: usize) -> Self {
+        let (iotlb, walks) = (Iotlb::new(entries), Walks::new(tables));
+        let mut view = Self { identity: source.identity(), source, iotlb, seen: 0, walks };
         view.restart();
         view
     }
@@ -77,6 +79,18 @@ impl<S: Source, V: Copy + Default> View<S, V> {
     #[inline]
     pub fn iotlb_mut(&mut self) -> &mut Iotlb<V> {
         &mut self.iotlb
+    }
+
+    /// The walk cache. As with the IOTLB, what is looked up in it serves the guard that is open, and what is filled comes from a walk inside it.
+    #[inline]
+    pub fn walks(&self) -> &Walks {
+        &self.walks
+    }
+
+    /// As [`View::walks`].
+    #[inline]
+    pub fn walks_mut(&mut self) -> &mut Walks {
+        &mut self.walks
     }
 
     /// Opens a guard of the domain, with everything forgotten that was logged before. False, and no guard, when there is no domain.
@@ -123,6 +137,7 @@ impl<S: Source, V: Copy + Default> View<S, V> {
 
     fn restart(&mut self) {
         self.iotlb.flush();
+        self.walks.flush();
         // Taken before the guard is entered: what is logged in between is applied to an empty cache.
         self.seen = self.identity.domain().map_or(0, |domain| domain.log().head());
     }
@@ -133,18 +148,29 @@ impl<S: Source, V: Copy + Default> View<S, V> {
         let Some(domain) = self.identity.domain() else { return };
         let head = domain.log().head();
         if head != self.seen {
-            let iotlb = &mut self.iotlb;
-            domain.log().catch_up(self.seen, head, |missed| match missed {
-                Missed::Span(span) => iotlb.invalidate(span),
-                Missed::Everything => iotlb.flush(),
-            });
-            self.seen = head;
+            self.forget(head);
         }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn forget(&mut self, head: u64) {
+        let Some(domain) = self.identity.domain() else { return };
+        let (iotlb, walks) = (&mut self.iotlb, &mut self.walks);
+        domain.log().catch_up(self.seen, head, |missed| match missed {
+            Missed::Span(span) => iotlb.invalidate(span),
+            Missed::Tables(region) => walks.invalidate(region),
+            Missed::Everything => {
+                iotlb.flush();
+                walks.flush();
+            }
+        });
+        self.seen = head;
     }
 }
 
 impl<S: Source, V> std::fmt::Debug for View<S, V> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("View").field("iotlb", &self.iotlb).field("seen", &self.seen).finish_non_exhaustive()
+        f.debug_struct("View").field("iotlb", &self.iotlb).field("walks", &self.walks).field("seen", &self.seen).finish_non_exhaustive()
     }
 }

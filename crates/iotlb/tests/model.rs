@@ -80,7 +80,7 @@ proptest! {
     fn nothing_stale_and_nothing_lost(steps in prop::collection::vec(step(), 1..200)) {
         let domain = Arc::new(Domain(Log::new()));
         let readers = Arc::new(Readers::new());
-        let (mut slot, mut view) = (readers.slot(), View::<Device, u64>::new(Device(Arc::clone(&domain)), 4096));
+        let (mut slot, mut view) = (readers.slot(), View::<Device, u64>::new(Device(Arc::clone(&domain)), 4096, 64));
         // What maps to what is told by when it was mapped.
         let (mut mapped, mut time) = ([0u64; PAGES as usize], 1);
         let (mut cached, mut missed) = (BTreeSet::new(), 0);

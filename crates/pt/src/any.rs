@@ -5,7 +5,7 @@
 //! would take more of the caller's registers and code cache, which costs each call more than the choice itself.
 
 use crate::formats::with_formats;
-use crate::{Arena, AtomicU64, FormatKind, Gather, Leaf, MapError, NoTable, Perm, Stock, Table};
+use crate::{Arena, AtomicU64, FormatKind, Gather, Leaf, MapError, NoTable, Perm, Stock, Table, WalkEntry};
 use addr::{Iova, Oa, SizeSet, Span};
 use alloc::sync::Arc;
 use core::ops::Deref;
@@ -73,6 +73,17 @@ impl<W: Deref<Target = [AtomicU64]>> AnyTable<W> {
     #[inline(never)]
     fn walk_other(&self, iova: Iova) -> Option<Leaf> {
         with_formats!(table_of!(self, table => table.walk(iova)))
+    }
+
+    /// [`Table::walk_from`].
+    #[inline(always)]
+    pub fn walk_from(&self, from: Option<WalkEntry>, iova: Iova, keep: impl FnOnce(WalkEntry)) -> Option<Leaf> {
+        if let Self::AmdV1(table) = self { table.walk_from(from, iova, keep) } else { self.walk_other_from(from, iova, keep) }
+    }
+
+    #[inline(never)]
+    fn walk_other_from(&self, from: Option<WalkEntry>, iova: Iova, keep: impl FnOnce(WalkEntry)) -> Option<Leaf> {
+        with_formats!(table_of!(self, table => table.walk_from(from, iova, keep)))
     }
 
     /// [`Table::leaf_at`].

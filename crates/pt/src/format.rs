@@ -276,6 +276,7 @@ pub(crate) const fn check<F: Format>() {
     assert!(F::MAX_LEVEL < 7, "a level does not fit the low bits of a top word");
     assert!(F::SIZES.0.trailing_zeros() == F::GRANULE_LG2 as u32, "the granule is the smallest leaf");
     assert!(F::SIZES.0 >> F::OUTPUT_LG2 == 0, "a leaf is larger than all that it can point to");
+    assert!(F::OUTPUT_LG2 <= 58, "an output address leaves no room for the size of a region");
     assert!(F::HITLESS.is_allowed() || F::VALID.count_ones() == 1, "break-before-make takes one bit that hides a leaf");
     assert!(F::DIRTY == 0 || F::DIRTY.count_ones() == 1 && F::DIRTY != F::VALID, "the dirty bit is one bit");
 }

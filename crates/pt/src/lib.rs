@@ -11,6 +11,7 @@
 //!   between two values that translate alike. Hardware that cannot take that ([`Hitless::BreakFirst`]) has the leaf *hidden* first: out of
 //!   its sight, and still there for whoever edits.
 //! - *retire*: take a table out of the tree. It is given back to the arena by [`Gather::finish`], after invalidation and grace.
+//! - *region*: the IOVAs that a table serves: those that one slot of the table above covers. Walkers cache tables by it ([`Gather::tables`]).
 //!
 //! Who may do what (design D-3): the caller of `map`, `unmap` and `merge` holds the whole span that it passes. `cut` needs only the span
 //! whose borders it makes; cuts of one leaf from several threads may race. `walk` takes no lock; its caller is inside a read guard.
@@ -45,4 +46,4 @@ pub use formats::{
 };
 pub use gather::Gather;
 pub use map::MapError;
-pub use table::{Leaf, Table};
+pub use table::{Leaf, Table, WalkEntry};

@@ -403,12 +403,13 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
             return;
         }
         let (first, slots) = run.slots::<F>();
-        for entry in &self.arena.entries(table)[first..first + slots] {
+        for (index, entry) in self.arena.entries(table)[first..first + slots].iter().enumerate() {
             if let Entry::Table(below) = F::decode(entry.load(Ordering::Acquire), run.level) {
                 pause();
                 entry.store(0, Ordering::Relaxed);
                 if let Some(below) = self.arena.table_at(below) {
-                    self.retire_tree(below, run.level - 1, gather);
+                    let item = F::item_lg2(run.level);
+                    self.retire_tree(below, run.level - 1, Span::block(run.at.plus((index as u64) << item), item), gather);
                 }
             }
         }

@@ -3,7 +3,8 @@
 //!
 //! Inside a table, slots are rewritten one by one to the larger size; each keeps its own dirty bit, since a bit in any slot speaks for the
 //! whole leaf. A table that says one thing from end to end is replaced by one leaf in its parent and retired; until the grace period ends
-//! a device may still set a dirty bit in it, which [`Gather::finish`] carries over (I-14).
+//! a device may still set a dirty bit in it, which [`Gather::finish`] carries over (I-14). Every cached translation stays right; what walkers
+//! keep of the way to the table does not ([`Gather::tables`]).
 
 use crate::arena::TableId;
 use crate::atomic::{AtomicU64, Ordering};
@@ -21,7 +22,8 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
     /// retired table, that table stays as it is.
     ///
     /// `flush` is what it is in [`Table::cut`]: called only where [`Format::HITLESS`] asks for break-before-make, once for every leaf that
-    /// comes out. DMA to what becomes that leaf faults meanwhile, which few merges are worth.
+    /// comes out. DMA to what becomes that leaf faults meanwhile, which few merges are worth. It may have been a table before, so unlike that
+    /// of a cut this flush is for walkers' caches as well ([`Gather::tables`]).
     pub fn merge(&self, span: Span<Iova>, sizes: SizeSet, gather: &mut Gather, mut flush: impl FnMut(Span<Iova>)) -> u32 {
         let (top, level) = self.root();
         let mut merges = 0;
@@ -63,7 +65,8 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
                 };
                 let leaf = F::leaf(level, item, oa, perm) | if dirty { F::DIRTY } else { 0 };
                 if self.put_leaf(entry, seen, leaf, below, whole, flush) {
-                    gather.retire_merged(&self.arena, Merged { table: below, parent: table, slot: slot as u32, dirty_bit: F::DIRTY });
+                    let merged = Merged { table: below, parent: table, slot: slot as u32, dirty_bit: F::DIRTY };
+                    gather.retire_merged(&self.arena, merged, whole);
                     *merges += 1;
                 }
             }

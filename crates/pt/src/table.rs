@@ -9,6 +9,7 @@ use crate::{Entry, Format, Perm};
 use addr::{Address, Iova, Lg2, Oa, Span};
 use alloc::sync::Arc;
 use core::marker::PhantomData;
+use core::num::NonZeroU64;
 use core::ops::Deref;
 use sync::pause::pause;
 use sync::shard::Sharded;
@@ -75,6 +76,42 @@ impl Leaf {
     }
 }
 
+/// A table below the top, and the size of the region that it serves: what a walker keeps so as to begin the next walk in that region there.
+/// An entry of a paging-structure cache (VT-d), of a page directory cache (AMD), of a walk cache (Arm).
+///
+/// One word: address and level as in a top word, and the size of the region above what any format can address.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct WalkEntry(NonZeroU64);
+
+/// Above [`Format::OUTPUT_LG2`] of every format.
+const REGION_SHIFT: u32 = 58;
+
+impl WalkEntry {
+    #[inline(always)]
+    fn new<F: Format>(table: Oa, level: u8) -> Option<Self> {
+        let region = u64::from(F::item_lg2(level + 1));
+        NonZeroU64::new(region << REGION_SHIFT | table.get() | u64::from(level)).map(Self)
+    }
+
+    /// Size of the region that the table serves; the region is the block of that size around any address whose walk came by.
+    #[inline(always)]
+    pub fn region(self) -> Lg2 {
+        Lg2((self.0.get() >> REGION_SHIFT) as u8)
+    }
+
+    /// Where the table is.
+    #[inline(always)]
+    pub fn table(self) -> Oa {
+        Oa::new(self.0.get() << (64 - REGION_SHIFT) >> (64 - REGION_SHIFT) & !LEVEL_BITS)
+    }
+
+    /// Its level.
+    #[inline(always)]
+    pub fn level(self) -> u8 {
+        (self.0.get() & LEVEL_BITS) as u8
+    }
+}
+
 /// The level lives in the low bits of the top word, which a table's alignment leaves free.
 const LEVEL_BITS: u64 = 7;
 
@@ -119,6 +156,37 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
     #[inline]
     pub fn walk(&self, iova: Iova) -> Option<Leaf> {
         self.find(iova, F::decode)
+    }
+
+    /// As [`walk`](Self::walk), from a table that an earlier walk came by; from the top when there is none. `keep` is told of the table that the leaf
+    /// is in, for the next walk, unless that is `from`, or the top, which may grow.
+    ///
+    /// `from` serves the region in which `iova` lies, and since it was kept nothing of that region was in [`Gather::tables`](crate::Gather::tables) of
+    /// an edit whose grace period is over. Then the table is what it was: either it is still part of the tree, and a walk from the top would come by it; or
+    /// its edit waits for the caller's guard, and it says what it said when it was taken out, which is what this guard may see anyway (I-1, I-4).
+    #[inline(always)]
+    pub fn walk_from(&self, from: Option<WalkEntry>, iova: Iova, keep: impl FnOnce(WalkEntry)) -> Option<Leaf> {
+        let (mut table, mut level) = match from {
+            Some(from) => (from.table(), from.level()),
+            None => self.root(),
+        };
+        if from.is_none() && iova.get() > Self::reach(level) {
+            return None;
+        }
+        let first = level;
+        loop {
+            let entry = self.arena.entry_at(table, F::slot(iova, level))?.load(Ordering::Acquire);
+            match F::decode(entry, level) {
+                Entry::Table(below) if level > 0 => (table, level) = (below, level - 1),
+                Entry::Leaf { size, oa, perm, dirty } => {
+                    if level < first {
+                        WalkEntry::new::<F>(table, level).map(keep);
+                    }
+                    return Some(Leaf { iova: Iova::new(iova.get() >> size.0 << size.0), oa, size, perm, dirty });
+                }
+                _ => return None,
+            }
+        }
     }
 
     /// The leaf that stands at `iova`, also while somebody else's cut hides it from devices

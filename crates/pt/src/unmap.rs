@@ -86,7 +86,7 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
                         Some(below) if span.covers(child) => {
                             pause();
                             entries[slot].store(0, Ordering::Relaxed);
-                            self.retire_tree(below, level - 1, gather);
+                            self.retire_tree(below, level - 1, child, gather);
                         }
                         Some(below) => {
                             if let Some(part) = part.intersect(child) {
@@ -119,10 +119,16 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
         }
     }
 
-    /// Retires a table and every table below it. Level-0 tables hold leaves alone, so they are not even looked at.
-    pub(crate) fn retire_tree(&self, table: TableId, level: u8, gather: &mut Gather) {
+    /// Retires the table that served `region`, and every table below it.
+    pub(crate) fn retire_tree(&self, table: TableId, level: u8, region: Span<Iova>, gather: &mut Gather) {
+        gather.add_region(region);
+        self.retire_all(table, level, gather);
+    }
+
+    /// Level-0 tables hold leaves alone, so they are not even looked at.
+    fn retire_all(&self, table: TableId, level: u8, gather: &mut Gather) {
         for below in self.children(table, level) {
-            self.retire_tree(below, level - 1, gather);
+            self.retire_all(below, level - 1, gather);
         }
         gather.retire(&self.arena, table);
     }

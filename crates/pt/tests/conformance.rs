@@ -47,6 +47,8 @@ over_all_formats!(
     dirt_survives_cut_and_merge,
     in_place_or_by_a_break,
     no_leaf_where_an_empty_table_was,
+    every_retired_table_is_named,
+    walks_from_any_table_agree,
 );
 
 fn levels<F: Format>() -> impl Iterator<Item = (Lg2, u8)> {
@@ -315,6 +317,90 @@ mod check {
         assert_eq!(done.is_ok(), F::HITLESS.is_allowed(), "{}: {done:?}", F::NAME);
         tree.unmap(whole);
         tree.map(whole, Oa::new(0), Perm::RW, SizeSet::only(size)).unwrap();
+    }
+
+    /// By each edit that retires tables, in two places that are not neighbours. What [`Tree`] checks in every test is here sure to have something
+    /// to look at, and to be exact where there is room.
+    pub(super) fn every_retired_table_is_named<F: Format>() {
+        let Some((size, _)) = levels::<F>().find(|(size, level)| *level == 1 && size.0 == F::item_lg2(1)) else { return };
+        let arena = arena::<F>(64);
+        let config = Config { name: "two levels at least", start_level: F::START_LEVEL.max(1), sizes: SizeSet::ALL };
+        let mut tree = Tree::<F>::with(&arena, config);
+        let all = Span::of(Iova::new(0), Iova::new(3 * size.bytes() - 1));
+        let places = [0, 2].map(|number| Span::block(Iova::new(number * size.bytes()), size.0));
+        let granule = SizeSet::only(Lg2(F::GRANULE_LG2));
+        let named = |gather: &Gather| gather.tables().collect::<Vec<_>>();
+        let in_pieces = |tree: &mut Tree<F>| {
+            places.iter().for_each(|place| tree.map(*place, Oa::new(place.start().get()), Perm::RW, granule).unwrap());
+        };
+
+        in_pieces(&mut tree);
+        let (before, mut gather) = (tree.tables(), Gather::new());
+        tree.table.merge(all, SizeSet::ALL, &mut gather, flushed::<F>);
+        assert_eq!((named(&gather), gather.spans().count()), (places.to_vec(), 0), "{}: a merge changes no translation", F::NAME);
+        assert_eq!(tree.finish(gather, &before, all), 2, "{}", F::NAME);
+        tree.unmap(all);
+
+        // Without room the two are named as one; with room, one by one.
+        for room in [0, 4] {
+            in_pieces(&mut tree);
+            let (before, mut gather) = (tree.tables(), Gather::new());
+            gather.reserve(room);
+            places.iter().for_each(|place| assert_eq!(tree.table.unmap(*place, &mut gather), None));
+            assert_eq!(named(&gather), if room == 0 { vec![all] } else { places.to_vec() }, "{}", F::NAME);
+            assert_eq!(tree.finish(gather, &before, all), 2, "{}", F::NAME);
+        }
+
+        // Tables without leaves make room for larger ones, where hardware can take that.
+        in_pieces(&mut tree);
+        let empty = |place: &Span<Iova>| [place.start(), place.last()].map(|at| Span::block(at, size.0 - 1));
+        places.iter().flat_map(empty).for_each(|half| assert_eq!(tree.unmap(half), None));
+        for place in places {
+            let (before, mut gather) = (tree.tables(), Gather::new());
+            tree.table.map(place, Oa::new(0), Perm::RW, SizeSet::ALL, &mut tree.stock, &mut gather).unwrap();
+            let wanted = if F::HITLESS.is_allowed() { vec![place] } else { Vec::new() };
+            assert_eq!(named(&gather), wanted, "{}", F::NAME);
+            assert_eq!(tree.finish(gather, &before, place), wanted.len(), "{}", F::NAME);
+        }
+    }
+
+    /// Leaves of every size, found from the table that they are in, from those above it, and from the top; before and after the tree has grown.
+    pub(super) fn walks_from_any_table_agree<F: Format>() {
+        for config in F::CONFIGS {
+            for (size, level) in levels::<F>().filter(|(size, _)| config.sizes.has(*size)) {
+                let arena = arena::<F>(64);
+                let mut tree = Tree::<F>::with(&arena, *config);
+                let last = F::aperture().last();
+                let leaf = Span::block(Iova::new(0), size.0);
+                tree.map(leaf, Oa::new(0), Perm::RW, SizeSet::only(size)).unwrap();
+                let slots = slots::<F>(size);
+                let some = [0, 1, slots / 2, slots - 1].map(|slot| Iova::new((slot.min(slots - 1) << F::item_lg2(level)) + 7));
+                let see = |tree: &Tree<F>| {
+                    for at in some {
+                        assert_eq!(tree.walk(at).map(|found| (found.span(), found.oa_of(at).get())), Some((leaf, at.get())), "{}", F::NAME);
+                    }
+                };
+                see(&tree);
+                let top = tree.table.root().1;
+                let mut entry = None;
+                tree.table.walk_from(None, leaf.start(), |kept| entry = Some(kept)).unwrap();
+                assert_eq!(entry.map(|entry| entry.level()), (level < top).then_some(level), "{}: {size}", F::NAME);
+                if leaf.contains(last) {
+                    continue;
+                }
+                // Next to it nothing, from wherever one looks; and the tree grows to where the aperture ends, if it can.
+                let next = Iova::new(leaf.last().get() + 1);
+                assert_eq!(tree.walk(next), None, "{}: {next}", F::NAME);
+                tree.map(Span::block(last, F::GRANULE_LG2), Oa::new(0), Perm::RW, SizeSet::ALL).unwrap();
+                assert_eq!(tree.table.root().1, F::MAX_LEVEL.max(top), "{}", F::NAME);
+                see(&tree);
+                if entry.is_some() {
+                    let kept = |entry| panic!("{}: {entry:?} is no lower", F::NAME);
+                    assert_eq!(tree.table.walk_from(entry, some[3], kept).map(|found| found.span()), Some(leaf), "{}", F::NAME);
+                }
+                see(&tree);
+            }
+        }
     }
 }
 

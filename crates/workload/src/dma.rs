@@ -37,9 +37,10 @@ pub fn rows() -> Vec<Row> {
         row!("iotlb_hit_10000", "-", |_| iotlb::hits(MANY)),
         row!("vm_memory_hit_64", "-", |_| iotlb::vm_memory(FEW)),
         row!("vm_memory_hit_10000", "-", |_| iotlb::vm_memory(MANY)),
-        row!("translate_hit_64", "amdv1", |format| Translate::work(format, FEW, 1 << 14)),
-        row!("translate_hit_10000", "amdv1", |format| Translate::work(format, MANY, 1 << 15)),
-        row!("translate_miss", "amdv1", |format| Translate::work(format, MANY, 16)),
+        row!("translate_hit_64", "amdv1", |format| Translate::work(format, FEW, 1 << 14, 0)),
+        row!("translate_hit_10000", "amdv1", |format| Translate::work(format, MANY, 1 << 15, 0)),
+        row!("translate_miss", "amdv1", |format| Translate::work(format, MANY, 16, 0)),
+        row!("translate_miss_walk_cache", "amdv1", |format| Translate::work(format, MANY, 16, 64)),
         row!("dma_write_64", "amdv1", |format| dma_write(format, 64)),
         row!("dma_write_4k", "amdv1", |format| dma_write(format, K4)),
         row!("dma_write_16k", "amdv1", |format| dma_write(format, 16 << 10)),
@@ -58,8 +59,9 @@ pub fn rows() -> Vec<Row> {
 }
 
 /// A guest with one device that it does not trust, and `memory` mapped for it from 0 on.
-fn machine(format: FormatKind, memory: &Arc<Backing>, iotlb_entries: usize) -> Result<(GuestDma, Dma), Error> {
-    let iommu = iommu::Config { table_bytes: 64 << 20, iotlb_entries, domain: in_format(format), ..iommu::Config::default() };
+fn machine(format: FormatKind, memory: &Arc<Backing>, iotlb_entries: usize, walk_cache_entries: usize) -> Result<(GuestDma, Dma), Error> {
+    let domain = in_format(format);
+    let iommu = iommu::Config { table_bytes: 64 << 20, iotlb_entries, walk_cache_entries, domain, ..iommu::Config::default() };
     let guest = GuestDma::new(&Config { iommu, ..Config::default() }, Arc::new(RecordedStage2::new()))?;
     guest.add_memory(Gpa::new(0), memory.len_bytes(), memory, 0)?;
     let device = guest.add_device("bench", Trust::Untrusted)?;
@@ -77,10 +79,10 @@ struct Translate {
 }
 
 impl Translate {
-    fn work(format: FormatKind, pages: u64, iotlb_entries: usize) -> Result<Box<dyn Work>, Error> {
+    fn work(format: FormatKind, pages: u64, iotlb_entries: usize, walk_cache_entries: usize) -> Result<Box<dyn Work>, Error> {
         // In no order, so that every page has a leaf of its own.
         let memory = Backing::memfd(64 << 20, Frames::Scattered { seed: 1 })?;
-        let (guest, mut dma) = machine(format, &memory, iotlb_entries)?;
+        let (guest, mut dma) = machine(format, &memory, iotlb_entries, walk_cache_entries)?;
         for page in 0..pages {
             dma.translate(Iova::new(page * K4), Access::Read)?;
         }
@@ -133,7 +135,7 @@ impl Copies {
     /// With the memcpy of the same bytes to the same pages.
     fn new(format: FormatKind, len: u64) -> Result<(Self, Memcpy), Error> {
         let memory = Backing::memfd(2 << 20, Frames::Contiguous)?;
-        let (guest, mut dma) = machine(format, &memory, 1 << 14)?;
+        let (guest, mut dma) = machine(format, &memory, 1 << 14, 0)?;
         let (buffer, len) = (Rc::new(Buffer::new()), len as usize);
         dma.write(Iova::new(0), buffer.bytes())?;
         let memcpy = Memcpy::new(&memory, &buffer, len)?;

@@ -17,7 +17,7 @@ pub(crate) struct Break {
 const ALWAYS: u64 = u64::MAX;
 
 /// Every fault.
-pub(crate) const BREAKS: [Break; 11] = [
+pub(crate) const BREAKS: [Break; 12] = [
     Break { name: "skip-invalidation", point: "iommu.skip_invalidate", after: 20, times: ALWAYS, ats: 0 },
     Break { name: "late-fill", point: "iommu.late_fill", after: 20, times: ALWAYS, ats: 0 },
     Break { name: "skip-grace", point: "iommu.skip_grace", after: 20, times: ALWAYS, ats: 0 },
@@ -26,6 +26,7 @@ pub(crate) const BREAKS: [Break; 11] = [
     Break { name: "forget-psmash", point: "secure.forget_psmash", after: 0, times: ALWAYS, ats: 0 },
     Break { name: "ignore-punch", point: "backing.ignore_punch", after: 4, times: ALWAYS, ats: 0 },
     Break { name: "corrupt-leaf", point: "pt.corrupt_leaf", after: 100, times: 1, ats: 0 },
+    Break { name: "merge-forgets-walk-caches", point: "pt.merge_forgets_walkers", after: 0, times: ALWAYS, ats: 0 },
     Break { name: "flip-rmp-bit", point: "secure.flip_bit", after: 100, times: 1, ats: 0 },
     Break { name: "ats-false-answer", point: "iommu.ats_false_answer", after: 20, times: ALWAYS, ats: 2 },
     Break { name: "ats-never-answers", point: "iommu.ats_never_answers", after: 20, times: ALWAYS, ats: 2 },

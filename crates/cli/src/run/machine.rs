@@ -93,7 +93,9 @@ impl Machine {
         backing.populate(backing.pages(), PageState::Shared)?;
         let stage2: Arc<dyn Stage2> = kvm.as_ref().map_or_else(|| Arc::new(RecordedStage2::new()) as _, KvmGuest::stage2);
         let domain = iommu::DomainConfig { format: options.format, ..iommu::DomainConfig::default() };
-        let iommu = iommu::Config { domain, ats_timeout: Duration::from_millis(options.ats_timeout), ..iommu::Config::default() };
+        let ats_timeout = Duration::from_millis(options.ats_timeout);
+        // Devices cache tables as hardware does, so that an edit which forgets to say that a table went shows.
+        let iommu = iommu::Config { domain, ats_timeout, walk_cache_entries: 64, ..iommu::Config::default() };
         let dma = Arc::new(GuestDma::new(&Config { policy: options.policy, asid: ASID, reading: options.reading(), iommu }, stage2)?);
         dma.add_memory(Gpa::new(0), options.memory, &backing, 0)?;
         let trusted = dma.add_device("trusted", Trust::Untrusted)?;

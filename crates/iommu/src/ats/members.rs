@@ -20,6 +20,8 @@ impl Member {
         if *sent != head {
             log.catch_up(*sent, head, |missed| match missed {
                 Missed::Span(span) => self.port.send(std::iter::once(span)),
+                // Devices keep translations; those are as they were.
+                Missed::Tables(_) => {}
                 Missed::Everything => self.port.send_all(),
             });
             *sent = head;

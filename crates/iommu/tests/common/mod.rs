@@ -37,9 +37,13 @@ impl Machine {
     }
 
     pub(crate) fn over(memory: Arc<Backing>) -> Self {
+        Self::with(memory, Config::default())
+    }
+
+    pub(crate) fn with(memory: Arc<Backing>, config: Config) -> Self {
         let rmp = SystemRmp::new();
         rmp.add_segment(memory.window(), Words::new(SystemRmp::words_for(memory.window())).unwrap()).unwrap();
-        let iommu = Iommu::new(&Config { table_bytes: 256 << 20, ..Config::default() }, Arc::new(rmp)).unwrap();
+        let iommu = Iommu::new(&Config { table_bytes: 256 << 20, ..config }, Arc::new(rmp)).unwrap();
         let (domain, device) = (iommu.domain().unwrap(), iommu.device("nic"));
         device.attach(&domain).unwrap();
         Self { iommu, domain, device, memory }
@@ -66,6 +70,18 @@ impl Machine {
         let mut gather = Gather::new();
         assert_eq!(self.domain.table().unmap(span, &mut gather), None);
         self.domain.flush(gather);
+    }
+
+    pub(crate) fn cut(&self, span: Span<Iova>) {
+        self.domain.cut(span, SizeSet::ALL, &mut Stock::new(self.iommu.arena())).unwrap();
+    }
+
+    /// How many leaves came out.
+    pub(crate) fn merge(&self, span: Span<Iova>) -> u32 {
+        let mut gather = Gather::new();
+        let merges = self.domain.merge(span, SizeSet::ALL, &mut gather);
+        self.domain.flush(gather);
+        merges
     }
 
     /// Makes a page, or a 2 MiB block, private to [`ASID`] at `gpa`, and accepts it for the guest.

@@ -144,7 +144,7 @@ pub struct Context {
 
 impl Context {
     pub fn new(device: &Arc<Device>, readers: &Arc<Readers>) -> Self {
-        Self { slot: readers.slot(), view: View::new(Followed(Arc::clone(device)), 16) }
+        Self { slot: readers.slot(), view: View::new(Followed(Arc::clone(device)), 16, 0) }
     }
 
     /// One access: a guard, the cache or a walk, the frame.

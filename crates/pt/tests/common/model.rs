@@ -72,7 +72,7 @@ impl Model {
             let iova = Iova::new(base + (unit << self.unit_lg2) + ((unit * 0x1111) & ((1 << self.unit_lg2) - 1)));
             let want = self.pages.get(&(iova.get() >> self.unit_lg2));
             let inside = iova.get() & ((1 << self.unit_lg2) - 1);
-            let leaf = tree.table.walk(iova);
+            let leaf = tree.walk(iova);
             prop_assert_eq!(
                 leaf.map(|leaf| (leaf.oa_of(iova).get(), leaf.perm)),
                 want.map(|page| (page.0 + inside, page.1)),

@@ -138,7 +138,7 @@ impl<F: Format, W: Walker> Rig<F, W> {
     fn finish(&mut self, gather: Gather) {
         let Self { device, mirror, arena, .. } = self;
         mirror.push(&mut device.qtest);
-        gather.finish(arena, |gather| gather.spans().for_each(|span| device.forget(span)));
+        gather.finish(arena, |gather| gather.spans().chain(gather.tables()).for_each(|span| device.forget(span)));
         mirror.push(&mut device.qtest);
     }
 
