@@ -96,6 +96,8 @@ impl<S: Source, V: Copy + Default> View<S, V> {
     /// Opens a guard of the domain, with everything forgotten that was logged before. False, and no guard, when there is no domain.
     #[inline]
     pub fn enter(&mut self, slot: &mut Slot) -> bool {
+        // What there is to forget is forgotten before the guard is open, so that nobody waits for that; inside, only what has come since.
+        self.catch_up();
         loop {
             if let Some(domain) = self.identity.domain() {
                 slot.enter(domain.id());
@@ -142,7 +144,7 @@ impl<S: Source, V: Copy + Default> View<S, V> {
         self.seen = self.identity.domain().map_or(0, |domain| domain.log().head());
     }
 
-    /// The guard is open: what is logged from now on waits for it.
+    /// Forgets what was logged. With a guard open, what is logged from now on waits for it.
     #[inline]
     fn catch_up(&mut self) {
         let Some(domain) = self.identity.domain() else { return };

@@ -9,7 +9,7 @@ mod rig;
 use addr::{Iova, Lg2, SizeSet, Span};
 use lockstep_pt::{Gather, Stock, Toy};
 use loom::thread;
-use rig::{DOMAIN, FRAMES, GRANULE, ITEM1, OTHER_FRAMES, explore, span};
+use rig::{DOMAIN, FRAMES, GRANULE, ITEM1, OTHER_FRAMES, beside, explore, span};
 
 type Rig = rig::Rig<Toy>;
 
@@ -24,14 +24,13 @@ fn walk_and_map() {
         let rig = Rig::new();
         let mut stock = rig.stock(3);
         rig.map(GRANULE, GRANULE, FRAMES + GRANULE, &mut stock);
-        let writer = {
-            let rig = rig.clone();
-            thread::spawn(move || rig.map(2 * GRANULE, 2 * GRANULE, FRAMES + 2 * GRANULE, &mut stock))
+        let reader = rig.clone();
+        let read = move || {
+            let seen = reader.oa(3 * GRANULE);
+            assert!(seen.is_none() || seen == Some(FRAMES + 3 * GRANULE), "{seen:x?}");
+            assert_eq!(reader.oa(GRANULE), Some(FRAMES + GRANULE), "a neighbour was disturbed");
         };
-        assert_eq!(rig.oa(GRANULE), Some(FRAMES + GRANULE), "a neighbour was disturbed");
-        let seen = rig.oa(3 * GRANULE);
-        assert!(seen.is_none() || seen == Some(FRAMES + 3 * GRANULE), "{seen:x?}");
-        writer.join().unwrap();
+        beside(read, || rig.map(2 * GRANULE, 2 * GRANULE, FRAMES + 2 * GRANULE, &mut stock));
     });
 }
 
@@ -44,18 +43,16 @@ fn walk_and_unmap_of_a_table_that_is_used_again() {
         rig.map(ITEM1, ITEM1, FRAMES + GRANULE, &mut stock);
         drop(stock);
         let mut slot = rig.readers.slot();
-        let writer = {
-            let rig = rig.clone();
-            thread::spawn(move || {
-                rig.unmap(ITEM1, ITEM1);
-                let mut stock = Stock::new(&rig.arena);
-                rig.map(2 * ITEM1, ITEM1, OTHER_FRAMES + GRANULE, &mut stock);
-            })
+        let reader = rig.clone();
+        let read = move || {
+            let seen = reader.guarded(&mut slot, ITEM1 + GRANULE);
+            assert!(seen.is_none() || seen == Some(FRAMES + 2 * GRANULE), "a reader met a reused table: {seen:x?}");
         };
-        let at = ITEM1 + GRANULE;
-        let seen = rig.guarded(&mut slot, at);
-        assert!(seen.is_none() || seen == Some(FRAMES + 2 * GRANULE), "a reader met a reused table: {seen:x?}");
-        writer.join().unwrap();
+        beside(read, || {
+            rig.unmap(ITEM1, ITEM1);
+            let mut stock = Stock::new(&rig.arena);
+            rig.map(2 * ITEM1, ITEM1, OTHER_FRAMES + GRANULE, &mut stock);
+        });
     });
 }
 
@@ -65,14 +62,14 @@ fn walk_and_cut() {
         let rig = Rig::new();
         let mut stock = rig.stock(4);
         rig.map(0, ITEM1, FRAMES, &mut stock);
-        let writer = {
-            let rig = rig.clone();
-            thread::spawn(move || rig.table.cut(span(GRANULE, GRANULE), SizeSet::ALL, &mut stock, no_flush).unwrap())
+        let reader = rig.clone();
+        let read = move || {
+            for granule in [0, 1, 3] {
+                assert_eq!(reader.oa(granule * GRANULE), Some(FRAMES + granule * GRANULE));
+            }
         };
-        for granule in [0, 1, 3] {
-            assert_eq!(rig.oa(granule * GRANULE), Some(FRAMES + granule * GRANULE));
-        }
-        assert_eq!(writer.join().unwrap(), 1);
+        let ((), cuts) = beside(read, || rig.table.cut(span(GRANULE, GRANULE), SizeSet::ALL, &mut stock, no_flush).unwrap());
+        assert_eq!(cuts, 1);
     });
 }
 
@@ -82,14 +79,13 @@ fn walk_and_cut_of_a_pair() {
         let rig = Rig::new();
         let mut stock = rig.stock(3);
         rig.map(0, 2 * GRANULE, FRAMES, &mut stock);
-        let writer = {
-            let rig = rig.clone();
-            thread::spawn(move || rig.table.cut(span(GRANULE, GRANULE), SizeSet::ALL, &mut stock, no_flush).unwrap())
+        let reader = rig.clone();
+        let read = move || {
+            for granule in [0, 1, 0] {
+                assert_eq!(reader.oa(granule * GRANULE), Some(FRAMES + granule * GRANULE));
+            }
         };
-        for granule in [0, 1, 0] {
-            assert_eq!(rig.oa(granule * GRANULE), Some(FRAMES + granule * GRANULE));
-        }
-        writer.join().unwrap();
+        beside(read, || rig.table.cut(span(GRANULE, GRANULE), SizeSet::ALL, &mut stock, no_flush).unwrap());
     });
 }
 
@@ -102,22 +98,22 @@ fn walk_and_merge() {
         rig.table.cut(span(GRANULE, GRANULE), SizeSet::ALL, &mut stock, no_flush).unwrap();
         drop(stock);
         let mut slot = rig.readers.slot();
-        let writer = {
-            let rig = rig.clone();
-            thread::spawn(move || {
-                let mut gather = Gather::new();
-                let merges = rig.table.merge(span(0, ITEM1), SizeSet::ALL, &mut gather, no_flush);
-                rig.finish(gather);
-                // What was retired may be somebody else's now.
-                let mut stock = Stock::new(&rig.arena);
-                rig.map(2 * ITEM1, GRANULE, OTHER_FRAMES, &mut stock);
-                merges
-            })
+        let reader = rig.clone();
+        let read = move || {
+            for granule in [1, 3] {
+                assert_eq!(reader.guarded(&mut slot, granule * GRANULE), Some(FRAMES + granule * GRANULE));
+            }
         };
-        for granule in [1, 3] {
-            assert_eq!(rig.guarded(&mut slot, granule * GRANULE), Some(FRAMES + granule * GRANULE));
-        }
-        assert!(writer.join().unwrap() >= 1);
+        let ((), merges) = beside(read, || {
+            let mut gather = Gather::new();
+            let merges = rig.table.merge(span(0, ITEM1), SizeSet::ALL, &mut gather, no_flush);
+            rig.finish(gather);
+            // What was retired may be somebody else's now.
+            let mut stock = Stock::new(&rig.arena);
+            rig.map(2 * ITEM1, GRANULE, OTHER_FRAMES, &mut stock);
+            merges
+        });
+        assert!(merges >= 1);
     });
 }
 
@@ -127,15 +123,14 @@ fn walk_and_top_growth() {
         let rig = Rig::new();
         let mut stock = rig.stock(4);
         rig.map(GRANULE, GRANULE, FRAMES, &mut stock);
-        let writer = {
-            let rig = rig.clone();
-            thread::spawn(move || rig.map(2 * ITEM1, GRANULE, FRAMES + GRANULE, &mut stock))
+        let reader = rig.clone();
+        let read = move || {
+            assert_eq!(reader.oa(GRANULE), Some(FRAMES));
+            let seen = reader.oa(2 * ITEM1);
+            assert!(seen.is_none() || seen == Some(FRAMES + GRANULE));
+            assert_eq!(reader.oa(GRANULE), Some(FRAMES));
         };
-        assert_eq!(rig.oa(GRANULE), Some(FRAMES));
-        let seen = rig.oa(2 * ITEM1);
-        assert!(seen.is_none() || seen == Some(FRAMES + GRANULE));
-        assert_eq!(rig.oa(GRANULE), Some(FRAMES));
-        writer.join().unwrap();
+        beside(read, || rig.map(2 * ITEM1, GRANULE, FRAMES + GRANULE, &mut stock));
     });
 }
 
@@ -183,12 +178,9 @@ fn a_dirty_bit_survives_a_cut() {
         let rig = Rig::new();
         let mut stock = rig.stock(4);
         rig.map(0, ITEM1, FRAMES, &mut stock);
-        let writer = {
-            let rig = rig.clone();
-            thread::spawn(move || rig.table.cut(span(GRANULE, GRANULE), SizeSet::ALL, &mut stock, no_flush).unwrap())
-        };
-        assert!(rig.table.mark_dirty(Iova::new(GRANULE)));
-        writer.join().unwrap();
+        let reader = rig.clone();
+        let mark = move || assert!(reader.table.mark_dirty(Iova::new(GRANULE)));
+        beside(mark, || rig.table.cut(span(GRANULE, GRANULE), SizeSet::ALL, &mut stock, no_flush).unwrap());
         assert!(rig.table.walk(Iova::new(GRANULE)).unwrap().dirty, "the dirty bit is gone");
     });
 }
@@ -201,19 +193,16 @@ fn a_dirty_bit_survives_a_merge() {
         rig.map(0, ITEM1, FRAMES, &mut stock);
         rig.table.cut(span(0, GRANULE), SizeSet::ALL, &mut stock, no_flush).unwrap();
         let mut slot = rig.readers.slot();
-        let writer = {
-            let rig = rig.clone();
-            thread::spawn(move || {
-                let mut gather = Gather::new();
-                rig.table.merge(span(0, ITEM1), SizeSet::ALL, &mut gather, no_flush);
-                rig.finish(gather);
-            })
-        };
-        {
+        let reader = rig.clone();
+        let mark = move || {
             let _guard = slot.guard(DOMAIN);
-            assert!(rig.table.mark_dirty(Iova::new(GRANULE)));
-        }
-        writer.join().unwrap();
+            assert!(reader.table.mark_dirty(Iova::new(GRANULE)));
+        };
+        beside(mark, || {
+            let mut gather = Gather::new();
+            rig.table.merge(span(0, ITEM1), SizeSet::ALL, &mut gather, no_flush);
+            rig.finish(gather);
+        });
         let mut dirty = false;
         rig.table.leaves(Span::whole(), |leaf| dirty |= leaf.dirty && leaf.span().contains(Iova::new(GRANULE)));
         assert!(dirty, "the dirty bit is gone");

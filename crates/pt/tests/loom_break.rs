@@ -9,7 +9,7 @@ mod rig;
 use addr::{Iova, SizeSet, Span};
 use lockstep_pt::{Gather, ToyBreaking};
 use loom::thread;
-use rig::{DOMAIN, FRAMES, GRANULE, ITEM1, explore, span};
+use rig::{DOMAIN, FRAMES, GRANULE, ITEM1, beside, explore, span};
 
 type Rig = rig::Rig<ToyBreaking>;
 
@@ -27,15 +27,14 @@ fn a_walk_beside_a_cut_finds_the_truth_or_nothing() {
         let mut stock = rig.stock(3);
         rig.map(0, ITEM1, FRAMES, &mut stock);
         let mut slot = rig.readers.slot();
-        let writer = {
-            let rig = rig.clone();
-            thread::spawn(move || rig.cut(GRANULE, GRANULE, &mut stock))
+        let reader = rig.clone();
+        let read = move || {
+            for granule in [1, 3] {
+                let seen = reader.guarded(&mut slot, granule * GRANULE);
+                assert!(seen.is_none() || seen == Some(FRAMES + granule * GRANULE), "{seen:x?}");
+            }
         };
-        for granule in [1, 3] {
-            let seen = rig.guarded(&mut slot, granule * GRANULE);
-            assert!(seen.is_none() || seen == Some(FRAMES + granule * GRANULE), "{seen:x?}");
-        }
-        assert_eq!(writer.join().unwrap(), 1);
+        assert_eq!(beside(read, || rig.cut(GRANULE, GRANULE, &mut stock)).1, 1);
         stands(&rig, 0);
     });
 }
@@ -48,15 +47,14 @@ fn a_dirty_bit_survives_a_cut() {
         let mut stock = rig.stock(3);
         rig.map(0, ITEM1, FRAMES, &mut stock);
         let mut slot = rig.readers.slot();
-        let writer = {
-            let rig = rig.clone();
-            thread::spawn(move || rig.cut(GRANULE, GRANULE, &mut stock))
+        let device = rig.clone();
+        let write = move || {
+            let _guard = slot.guard(DOMAIN);
+            let wrote = device.oa(GRANULE).is_some();
+            assert!(!wrote || device.table.mark_dirty(Iova::new(GRANULE)), "a write that nobody will know of");
+            wrote
         };
-        let guard = slot.guard(DOMAIN);
-        let wrote = rig.oa(GRANULE).is_some();
-        assert!(!wrote || rig.table.mark_dirty(Iova::new(GRANULE)), "a write that nobody will know of");
-        drop(guard);
-        writer.join().unwrap();
+        let (wrote, _) = beside(write, || rig.cut(GRANULE, GRANULE, &mut stock));
         assert!(!wrote || rig.table.walk(Iova::new(GRANULE)).unwrap().dirty, "the dirty bit is gone");
     });
 }
@@ -69,19 +67,18 @@ fn a_dirty_bit_survives_a_merge() {
         rig.map(0, ITEM1, FRAMES, &mut stock);
         rig.cut(0, GRANULE, &mut stock);
         let mut slot = rig.readers.slot();
-        let writer = {
-            let rig = rig.clone();
-            thread::spawn(move || {
-                let mut gather = Gather::new();
-                rig.table.merge(span(0, ITEM1), SizeSet::ALL, &mut gather, |_| rig.readers.grace(DOMAIN));
-                rig.finish(gather);
-            })
+        let device = rig.clone();
+        let write = move || {
+            let _guard = slot.guard(DOMAIN);
+            let wrote = device.oa(GRANULE).is_some();
+            assert!(!wrote || device.table.mark_dirty(Iova::new(GRANULE)), "a write that nobody will know of");
+            wrote
         };
-        let guard = slot.guard(DOMAIN);
-        let wrote = rig.oa(GRANULE).is_some();
-        assert!(!wrote || rig.table.mark_dirty(Iova::new(GRANULE)), "a write that nobody will know of");
-        drop(guard);
-        writer.join().unwrap();
+        let (wrote, ()) = beside(write, || {
+            let mut gather = Gather::new();
+            rig.table.merge(span(0, ITEM1), SizeSet::ALL, &mut gather, |_| rig.readers.grace(DOMAIN));
+            rig.finish(gather);
+        });
         let mut dirty = false;
         rig.table.leaves(Span::whole(), |leaf| dirty |= leaf.dirty && leaf.span().contains(Iova::new(GRANULE)));
         assert!(!wrote || dirty, "the dirty bit is gone");

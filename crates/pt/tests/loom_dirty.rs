@@ -13,7 +13,7 @@ use lockstep_pt::{Format, Gather, Toy, ToyBreaking};
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU64, Ordering};
 use loom::thread;
-use rig::{DOMAIN, FRAMES, Findings, GRANULE, ITEM1, Rig, finds, holds, span};
+use rig::{DOMAIN, FRAMES, Findings, GRANULE, ITEM1, Rig, finds, holds, reader, span};
 use sync::SpanLock;
 
 /// What a device does under one guard: it finds the leaf, notes the write, writes, and writes once more, now that it knows the leaf to be
@@ -56,8 +56,9 @@ fn dirty_read<F: Format>(findings: Findings, dirty_before: bool) {
             if reported { memory.load(Ordering::Relaxed) } else { 0 }
         })
     };
-    write_twice(&rig, &mut slot, GRANULE, &memory, &findings);
+    let writes = reader(&rig, &findings, move |rig, findings| write_twice(rig, &mut slot, GRANULE, &memory, findings));
     let copied = reads.join().unwrap();
+    writes.join().unwrap();
     findings.check(copied == 2 || rig.is_dirty(GRANULE), format!("the copy has {copied}, and the leaf is clean"));
 }
 
@@ -98,9 +99,10 @@ fn dirty_read_and_cut<F: Format>(findings: Findings, len: u64) {
         let rig = rig.clone();
         thread::spawn(move || rig.cut(last, GRANULE, &mut stock))
     };
-    let wrote = write_twice(&rig, &mut slot, last, &memory, &findings);
+    let writes = reader(&rig, &findings, move |rig, findings| write_twice(rig, &mut slot, last, &memory, findings));
     let (gather, reported) = reads.join().unwrap();
     cuts.join().unwrap();
+    let wrote = writes.join().unwrap();
     // Here, so that no two threads wait for the device at once: loom would have them wait for each other's turn for ever.
     rig.finish(gather);
     findings.check(!wrote || reported || rig.is_dirty(last), "the write is neither reported nor noted");
@@ -162,9 +164,10 @@ fn dirty_read_and_merge<F: Format>(findings: Findings) {
             copied
         })
     };
-    let wrote = write_twice(&rig, &mut slot, GRANULE, &memory, &findings);
+    let writes = reader(&rig, &findings, move |rig, findings| write_twice(rig, &mut slot, GRANULE, &memory, findings));
     merges.join().unwrap();
     let copied = reads.join().unwrap();
+    let wrote = writes.join().unwrap();
     findings.check(!wrote || copied == 2 || rig.is_dirty(GRANULE), "the write is neither copied nor noted");
 }
 

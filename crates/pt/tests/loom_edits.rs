@@ -12,7 +12,7 @@ use lockstep_pt::{Format, Gather, Stock, Toy, ToyBreaking};
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU64, Ordering};
 use loom::thread;
-use rig::{DOMAIN, FRAMES, Findings, GRANULE, ITEM1, OTHER_FRAMES, Rig, finds, holds, span};
+use rig::{DOMAIN, FRAMES, Findings, GRANULE, ITEM1, OTHER_FRAMES, Rig, finds, holds, reader, span};
 use sync::SpanLock;
 
 /// The sizes of all leaves, in order.
@@ -37,10 +37,13 @@ fn map_and_unmap_in_one_table<F: Format>(findings: Findings) {
         let rig = rig.clone();
         thread::spawn(move || rig.map(ITEM1 + GRANULE, GRANULE, OTHER_FRAMES, &mut stock))
     };
-    let seen = rig.guarded(&mut slot, ITEM1 + 2 * GRANULE);
-    findings.check(seen == Some(FRAMES + 2 * GRANULE), "a neighbour was disturbed");
+    let reads = reader(&rig, &findings, move |rig, findings| {
+        let seen = rig.guarded(&mut slot, ITEM1 + 2 * GRANULE);
+        findings.check(seen == Some(FRAMES + 2 * GRANULE), "a neighbour was disturbed");
+    });
     unmaps.join().unwrap();
     maps.join().unwrap();
+    reads.join().unwrap();
     let seen = [0, 1, 2].map(|granule| rig.oa(ITEM1 + granule * GRANULE));
     findings.check(seen == [None, Some(OTHER_FRAMES), Some(FRAMES + 2 * GRANULE)], format!("{seen:x?}"));
 }
@@ -78,10 +81,13 @@ fn retire_beside_a_new_table<F: Format>(findings: Findings) {
         let rig = rig.clone();
         thread::spawn(move || rig.map(2 * ITEM1, ITEM1, OTHER_FRAMES + GRANULE, &mut Stock::new(&rig.arena)))
     };
-    let seen = rig.guarded(&mut slot, ITEM1 + GRANULE);
-    findings.check(seen.is_none() || seen == Some(FRAMES + 2 * GRANULE), format!("a reader met a reused table: {seen:x?}"));
+    let reads = reader(&rig, &findings, move |rig, findings| {
+        let seen = rig.guarded(&mut slot, ITEM1 + GRANULE);
+        findings.check(seen.is_none() || seen == Some(FRAMES + 2 * GRANULE), format!("a reader met a reused table: {seen:x?}"));
+    });
     unmaps.join().unwrap();
     maps.join().unwrap();
+    reads.join().unwrap();
     let seen = [ITEM1 + GRANULE, 2 * ITEM1 + GRANULE].map(|at| rig.oa(at));
     findings.check(seen == [None, Some(OTHER_FRAMES + 2 * GRANULE)], format!("{seen:x?}"));
 }
@@ -110,11 +116,14 @@ fn growth_and_cut<F: Format>(findings: Findings) {
         let rig = rig.clone();
         thread::spawn(move || rig.cut(GRANULE, GRANULE, &mut rig.stock(0)))
     };
-    for granule in [1, 0] {
-        let seen = rig.guarded(&mut slot, granule * GRANULE);
-        findings.check(rig.is_true(granule, seen), format!("granule {granule} answers {seen:x?}"));
-    }
+    let reads = reader(&rig, &findings, move |rig, findings| {
+        for granule in [1, 0] {
+            let seen = rig.guarded(&mut slot, granule * GRANULE);
+            findings.check(rig.is_true(granule, seen), format!("granule {granule} answers {seen:x?}"));
+        }
+    });
     grows.join().unwrap();
+    reads.join().unwrap();
     findings.check(cuts.join().unwrap() == 1, "nothing was cut");
     findings.check(sizes(&rig) == [11, 11, 11], format!("{:?}", sizes(&rig)));
     let seen = [0, GRANULE, 2 * ITEM1].map(|at| rig.oa(at));
@@ -218,12 +227,15 @@ fn merge_and_cut_of_neighbours<F: Format>(findings: Findings) {
             rig.unmap(3 * GRANULE, GRANULE);
         })
     };
-    for granule in [1, 2] {
-        let seen = rig.guarded(&mut slot, granule * GRANULE);
-        findings.check(rig.is_true(granule, seen), format!("granule {granule} answers {seen:x?}"));
-    }
+    let reads = reader(&rig, &findings, move |rig, findings| {
+        for granule in [1, 2] {
+            let seen = rig.guarded(&mut slot, granule * GRANULE);
+            findings.check(rig.is_true(granule, seen), format!("granule {granule} answers {seen:x?}"));
+        }
+    });
     merges.join().unwrap();
     cuts.join().unwrap();
+    reads.join().unwrap();
     findings.check(sizes(&rig) == [12, 11], format!("{:?}", sizes(&rig)));
     findings.check(rig.oa(3 * GRANULE).is_none(), "an unmapped granule came back");
 }
@@ -272,14 +284,15 @@ fn merge_and_revoke<F: Format>(findings: Findings) {
             drop(held);
         })
     };
-    {
+    let reads = reader(&rig, &findings, move |rig, findings| {
         let _guard = slot.guard(DOMAIN);
         let seen = rig.oa(2 * GRANULE);
         findings.check(seen.is_none() || seen == Some(FRAMES + 2 * GRANULE), format!("{seen:x?}"));
         findings.check(seen.is_none() || given_back.load(Ordering::Relaxed) == 0, "a reader is on a page that was given back");
-    }
+    });
     merges.join().unwrap();
     revokes.join().unwrap();
+    reads.join().unwrap();
     findings.check(rig.oa(2 * GRANULE).is_none(), "a revoked page came back");
     for granule in [0, 1, 3] {
         findings.check(rig.oa(granule * GRANULE) == Some(FRAMES + granule * GRANULE), "a page went that nobody took");
@@ -321,10 +334,13 @@ fn merge_and_map_of_neighbours<F: Format>(findings: Findings) {
         let rig = rig.clone();
         thread::spawn(move || rig.map(ITEM1, GRANULE, OTHER_FRAMES, &mut Stock::new(&rig.arena)))
     };
-    let seen = rig.guarded(&mut slot, GRANULE);
-    findings.check(rig.is_true(1, seen), format!("{seen:x?}"));
+    let reads = reader(&rig, &findings, move |rig, findings| {
+        let seen = rig.guarded(&mut slot, GRANULE);
+        findings.check(rig.is_true(1, seen), format!("{seen:x?}"));
+    });
     merges.join().unwrap();
     maps.join().unwrap();
+    reads.join().unwrap();
     findings.check(sizes(&rig) == [Lg2(13).0, 11], format!("{:?}", sizes(&rig)));
     findings.check(rig.oa(ITEM1) == Some(OTHER_FRAMES), "the map is gone");
 }

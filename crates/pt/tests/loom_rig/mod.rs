@@ -85,15 +85,47 @@ pub fn span(start: u64, len: u64) -> Span<Iova> {
     Span::from_len(Iova::new(start), len).unwrap()
 }
 
+/// Explores a scenario. Readers are threads that begin last ([`beside`], [`reader`]): loom has a load answer with every store that it may see, but does
+/// not try a load again after a store that came later in its first order. A reader that went first would see one order of many.
 pub fn explore(test: impl Fn() + Sync + Send + 'static) {
-    explore_up_to(4, test);
+    enough(explore_up_to(4, test));
 }
 
-fn explore_up_to(preemptions: usize, test: impl Fn() + Sync + Send + 'static) {
+fn enough(orders: u64) {
+    assert!(orders > 5, "only {orders} orders were tried");
+}
+
+/// A reader beside the editors that were spawned before.
+pub fn reader<F: Format, R: 'static>(
+    rig: &LoomArc<Rig<F>>,
+    findings: &Findings,
+    read: impl FnOnce(&Rig<F>, &Findings) -> R + Send + 'static,
+) -> loom::thread::JoinHandle<R> {
+    let (rig, findings) = (LoomArc::clone(rig), findings.clone());
+    loom::thread::spawn(move || read(&rig, &findings))
+}
+
+/// Reads in a thread of its own while this one edits.
+pub fn beside<R: 'static, T>(read: impl FnOnce() -> R + Send + 'static, edit: impl FnOnce() -> T) -> (R, T) {
+    let reader = loom::thread::spawn(read);
+    let done = edit();
+    (reader.join().unwrap(), done)
+}
+
+/// Says, and answers, how many orders it tried.
+fn explore_up_to(preemptions: usize, test: impl Fn() + Sync + Send + 'static) -> u64 {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = Some(preemptions);
     builder.max_branches = 20_000;
-    builder.check(test);
+    let orders = Arc::new(Counter::new(0));
+    let counted = Arc::clone(&orders);
+    builder.check(move || {
+        counted.fetch_add(1, Ordering::Relaxed);
+        test();
+    });
+    let orders = orders.load(Ordering::Relaxed);
+    println!("{orders} orders");
+    orders
 }
 
 /// What a scenario looks at. Where nothing is wrong by design, the first wrong thing ends the test; where a fault was planted it ends the
@@ -135,8 +167,10 @@ fn look(preemptions: usize, planted: bool, scenario: fn(Findings)) -> u64 {
     });
     match explored {
         Err(why) if !why.is::<Found>() => std::panic::resume_unwind(why),
-        _ => wrong.load(Ordering::Relaxed),
+        Ok(orders) => enough(orders),
+        Err(_) => {}
     }
+    wrong.load(Ordering::Relaxed)
 }
 
 /// Ends an exploration.
