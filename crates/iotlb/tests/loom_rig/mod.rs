@@ -8,6 +8,7 @@ use loom::sync::Mutex;
 use loom::sync::atomic::{AtomicU64, Ordering};
 use pt::Perm;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64 as Counter;
 use sync::{Readers, Slot};
 
 /// What a frame holds as long as it belongs to whoever mapped it.
@@ -194,8 +195,18 @@ pub fn at(number: usize) -> Iova {
     page(number as u64).start()
 }
 
+/// Explores a scenario, and says how many orders it tried. Readers are threads that begin last: loom has a load answer with every store that it may see,
+/// but does not try a load again after a store that came later in its first order.
 pub fn explore(preemptions: usize, test: impl Fn() + Sync + Send + 'static) {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = Some(preemptions);
-    builder.check(test);
+    let orders = Arc::new(Counter::new(0));
+    let counted = Arc::clone(&orders);
+    builder.check(move || {
+        counted.fetch_add(1, Ordering::Relaxed);
+        test();
+    });
+    let orders = orders.load(Ordering::Relaxed);
+    println!("{orders} orders");
+    assert!(orders > 4, "only {orders} orders were tried");
 }
