@@ -39,6 +39,8 @@ struct Totals {
     devices: u64,
     injected_failures: u64,
     leaks: u64,
+    failing_guests: u64,
+    failing_pair_guests: u64,
     differences: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     failed_scene: Option<String>,
@@ -135,6 +137,8 @@ impl Totals {
         self.devices += read(&weather.devices);
         self.injected_failures += read(&weather.failures);
         self.leaks += read(&weather.leaks);
+        self.failing_guests += read(&weather.guests);
+        self.failing_pair_guests += read(&weather.pair_guests);
     }
 
     fn print(&self, json: bool) {
@@ -162,8 +166,8 @@ impl Totals {
         println!("  second space    {} areas mapped, {} unmapped", self.maps, self.unmaps);
         println!("  devices         {} plugged in and pulled out", self.devices);
         println!(
-            "  failures        {} steps made to fail, each undone or finished; {} pages leaked and counted",
-            self.injected_failures, self.leaks
+            "  failures        {} steps made to fail, each undone or finished; {} pages leaked and counted; {} guests of one file, {} of a pair",
+            self.injected_failures, self.leaks, self.failing_guests, self.failing_pair_guests
         );
         println!("  audits          {}, {} pages compared, {} transitions watched", self.audits, self.audited_pages, self.transitions);
         println!("  differences     {}", self.differences);

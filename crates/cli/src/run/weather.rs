@@ -36,6 +36,9 @@ pub(crate) struct Counts {
     pub(crate) devices: AtomicU64,
     pub(crate) failures: AtomicU64,
     pub(crate) leaks: AtomicU64,
+    /// Second guests of one file, and of a pair.
+    pub(crate) guests: AtomicU64,
+    pub(crate) pair_guests: AtomicU64,
 }
 
 /// A run's guest, and the threads around it.
@@ -178,14 +181,18 @@ fn trust(asid: u32) -> Trust {
     Trust::Trusted { asid, vmpl: secure::Vmpl::V0, tdisp: Tdisp::Run, sdte_valid: true, vtom: None }
 }
 
-/// A second guest of the same host, one of whose steps fails in every call. What the error says is so, a retry finishes, and the tables agree.
+/// Second guests of the same host, one of whose steps fails in every call. What the error says is so, a retry finishes, and the tables agree.
 pub(crate) fn failures(checks: &Checks, counts: &Counts, frames: Frames, seed: u64) -> Result<(), crate::run::machine::Failure> {
     let mut random = fastrand::Rng::with_seed(seed);
-    while !checks.stopped() {
+    for guest in 0u64.. {
+        if checks.stopped() {
+            break;
+        }
         let iommu = iommu::Config { table_bytes: 64 * MIB, ..iommu::Config::default() };
         let config = Config { policy: Policy::Mirror, asid: 2, iommu, ..Config::default() };
         let dma = Arc::new(GuestDma::new(&config, Arc::new(RecordedStage2::new()))?);
-        let backing = Backing::memfd(SLOT_BYTES, frames)?;
+        // In turns: one file for all pages, or one for each side.
+        let backing = if guest.is_multiple_of(2) { Backing::memfd(SLOT_BYTES, frames)? } else { pair(frames)? };
         dma.add_memory(Gpa::new(0), SLOT_BYTES, &backing, 0)?;
         let _devices = [dma.add_device("own", trust(2))?, dma.add_device("other", Trust::Untrusted)?];
         // Leaked pages are never used again, so after a while there is a new guest.
@@ -195,8 +202,23 @@ pub(crate) fn failures(checks: &Checks, counts: &Counts, frames: Frames, seed: u
             turns += 1;
             std::thread::sleep(std::time::Duration::from_micros(20));
         }
+        // Nobody else has touched its files.
+        if let Some(lost) = backing.recheck(backing.pages())?.lost.first() {
+            checks.find_at(&dma, Detector::Audit, Gpa::new(lost.start().bytes()), "I-4", &format!("{lost} counts as lost"));
+        }
+        add(if guest.is_multiple_of(2) { &counts.guests } else { &counts.pair_guests }, 1);
     }
     Ok(())
+}
+
+/// Memory of two files. Nobody here can copy private bytes, so a trusted device is refused them.
+fn pair(frames: Frames) -> Result<Arc<Backing>, crate::run::machine::Failure> {
+    let file = || {
+        let file = rustix::fs::memfd_create("lockstep-side", rustix::fs::MemfdFlags::CLOEXEC)?;
+        rustix::fs::ftruncate(&file, SLOT_BYTES)?;
+        Ok::<_, std::io::Error>(file)
+    };
+    Ok(Backing::pair(file()?, file()?, SLOT_BYTES, None, frames)?)
 }
 
 fn fail_once(dma: &GuestDma, checks: &Checks, counts: &Counts, random: &mut fastrand::Rng) {
@@ -221,7 +243,7 @@ fn fail_once(dma: &GuestDma, checks: &Checks, counts: &Counts, random: &mut fast
                 Ok(())
             }
             ConvertError::Leaked { .. } => Ok(()),
-            ConvertError::NotMapped { span, .. } => dma.space().restore(span),
+            ConvertError::NotMapped { span, .. } | ConvertError::NotDiscarded { span, .. } => dma.space().restore(span),
             _ => match dma.convert(&change) {
                 Err(ConvertError::Leaked { .. }) => Ok(()),
                 other => other.map(|_| ()),
