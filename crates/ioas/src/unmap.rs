@@ -1,7 +1,8 @@
 //! Unmap: whole areas, from low to high, with one flush for all of them. Cannot run out of memory (I-9).
 //!
 //! Three rounds. First each area is marked closing and its leaves are taken out under its pages' lock; it stays in both trees. Then
-//! one flush. Then the areas leave the trees. Whoever converts or punches their pages in between finds them closing: it installs nothing for
+//! one flush. Then the areas leave the trees, first the pages' and then the address space's: as long as somebody may find an area by its pages, and clear what
+//! it finds at its IOVA, nobody else has that IOVA. Whoever converts or punches their pages in between finds them closing: it installs nothing for
 //! them, and flushes their domains as well, so it never relies on a flush that is still to come.
 //!
 //! An area that software has pinned ends the first round. When the areas before it are gone, accessors are asked to let go of it, with nothing locked, and
@@ -14,6 +15,7 @@ use crate::map::uninstall;
 use crate::{Error, Ioas};
 use addr::{Address, Iova, Span};
 use std::sync::Arc;
+use sync::pause::pause;
 
 /// How often accessors are asked to let go of an area (rule 28).
 const TRIES: u32 = 100;
@@ -98,9 +100,7 @@ impl Ioas {
         let (Some(first), Some(last)) = (first, last) else { return (0, end) };
         edit.flush();
         if first.span().last() == last {
-            let gone = self.space_mut().areas.remove(first.span().start());
-            drop(gone);
-            return (forget(&first, domains), end);
+            return (self.forget(&first, domains), end);
         }
         (self.drop_closed(domains, Span::of(span.start(), last), ticket), end)
     }
@@ -128,28 +128,28 @@ impl Ioas {
         let mut bytes = 0u64;
         let mut rest = Some(span);
         while let Some(todo) = rest {
-            let found = {
-                let mut space = self.space_mut();
-                let Some((found, area)) = space.areas.overlapping(todo).next() else { break };
-                // Others may have mapped in the gaps meanwhile.
-                let gone = area.is_closed_by(ticket).then(|| space.areas.remove(found.start())).flatten();
-                (found, gone)
+            let Some((found, area)) = self.space().areas.overlapping(todo).next().map(|(found, area)| (found, Arc::clone(area))) else {
+                break;
             };
-            let (found, gone) = found;
             rest = found.last().checked_add(1).and_then(|next| Span::new(next, todo.last()));
-            if let Some((_, area)) = gone {
-                bytes = bytes.saturating_add(forget(&area, domains));
+            // Others may have mapped in the gaps meanwhile.
+            if area.is_closed_by(ticket) {
+                bytes = bytes.saturating_add(self.forget(&area, domains));
             }
         }
         bytes
     }
-}
 
-/// Takes an area that has left its address space off its pages, which may go now; answers its length.
-fn forget(area: &Area, domains: &Domains) -> u64 {
-    area.pages.unregister(area);
-    if domains.show() {
-        area.release();
+    /// Takes an area that is closed and flushed off its pages, which may go now, and then out of the address space; answers its length.
+    fn forget(&self, area: &Area, domains: &Domains) -> u64 {
+        area.pages.unregister(area);
+        pause();
+        let gone = self.space_mut().areas.remove(area.span().start());
+        drop(gone);
+        pause();
+        if domains.show() {
+            area.release();
+        }
+        area.span().len()
     }
-    area.span().len()
 }

@@ -137,3 +137,38 @@ fn an_unmap_removes_only_what_it_closed() {
         });
     }
 }
+
+/// Whoever finds an area by its pages clears what is at its IOVA: so as long as it can be found there, nobody else has that IOVA.
+#[cfg(debug_assertions)]
+#[test]
+fn an_area_leaves_its_pages_before_its_iova_is_free() {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
+    for areas in [1, 3] {
+        let ioas = ioas();
+        let memory = Backing::memfd(MIB, Frames::Contiguous).unwrap();
+        ioas.attach(&ioas.iommu().domain().unwrap()).unwrap();
+        let starts: Vec<u64> = (1..=areas).map(|index| index * 0x1_0000).collect();
+        for &start in &starts {
+            ioas.map_file(&memory, 0, PAGE, at(start), Perm::RW).unwrap();
+        }
+        let gone = Arc::new(AtomicU64::new(0));
+        let look = {
+            let (ioas, memory, gone, starts) = (Arc::clone(&ioas), Arc::clone(&memory), Arc::clone(&gone), starts.clone());
+            move || {
+                let pages = Pages::of(&memory).areas_over(memory.pages());
+                for &start in &starts {
+                    let is_free = ioas.area_at(Iova::new(start)).is_none();
+                    let listed = pages.iter().any(|area| area.span().start() == Iova::new(start));
+                    assert!(!(is_free && listed), "{start:#x} is free, and its pages lead there");
+                    gone.fetch_add(u64::from(is_free), Ordering::Relaxed);
+                }
+            }
+        };
+        // By somebody else, who holds no lock.
+        let watched = sync::pause::at_every_pause(move || thread::scope(|scope| scope.spawn(&look).join().unwrap()));
+        assert_eq!(ioas.unmap(iova(0, MIB)).unwrap(), areas * PAGE);
+        drop(watched);
+        assert!(gone.load(Ordering::Relaxed) > 0, "nobody looked when one was gone");
+    }
+}
