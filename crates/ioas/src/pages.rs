@@ -57,6 +57,11 @@ impl Pages {
         self.read().overlapping(pages).map(|(_, area)| Arc::clone(area)).collect()
     }
 
+    /// Whether an area is over these pages still. Until it is not, nobody else has its IOVAs.
+    pub fn lists(&self, area: &Area) -> bool {
+        self.read().overlapping(area.page_span()).any(|(_, own)| std::ptr::eq(Arc::as_ptr(own), area))
+    }
+
     /// How many leaves were taken out whole because no table could be had to cut them (D-5). Their other pages have lost
     /// their translation in that domain until they are mapped anew.
     pub fn leaves_shed(&self) -> u64 {
