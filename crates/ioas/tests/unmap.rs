@@ -152,15 +152,15 @@ fn an_area_leaves_its_pages_before_its_iova_is_free() {
         for &start in &starts {
             ioas.map_file(&memory, 0, PAGE, at(start), Perm::RW).unwrap();
         }
-        let gone = Arc::new(AtomicU64::new(0));
+        let (gone, pages) = (Arc::new(AtomicU64::new(0)), Pages::of(&memory));
         let look = {
-            let (ioas, memory, gone, starts) = (Arc::clone(&ioas), Arc::clone(&memory), Arc::clone(&gone), starts.clone());
+            let (ioas, gone) = (Arc::clone(&ioas), Arc::clone(&gone));
+            let listed = pages.areas_over(memory.pages());
+            assert!(listed.len() == starts.len() && listed.iter().all(|area| pages.lists(area)));
             move || {
-                let pages = Pages::of(&memory).areas_over(memory.pages());
-                for &start in &starts {
-                    let is_free = ioas.area_at(Iova::new(start)).is_none();
-                    let listed = pages.iter().any(|area| area.span().start() == Iova::new(start));
-                    assert!(!(is_free && listed), "{start:#x} is free, and its pages lead there");
+                for area in &listed {
+                    let is_free = ioas.area_at(area.span().start()).is_none();
+                    assert!(!(is_free && pages.lists(area)), "{} is free, and its pages lead there", area.span());
                     gone.fetch_add(u64::from(is_free), Ordering::Relaxed);
                 }
             }
