@@ -2,25 +2,14 @@
 
 mod common;
 
-use addr::{Gpa, Page};
-use backing::{Backing, Frames, PageState};
+use addr::Page;
+use backing::PageState;
 use common::{Guest, MIB, change, iova};
 use convert::Auditor;
 use iommu::Access;
-use lockstep_iommu::{Config, GuestDma, Owner, RecordedStage2, Trust};
-use std::sync::Arc;
+use lockstep_iommu::Owner;
 
 const GIB: u64 = 1024 * MIB;
-
-/// A guest of so many bytes with an untrusted device.
-fn guest(bytes: u64) -> Guest {
-    let backing = Backing::simulated(bytes, Frames::Contiguous).unwrap();
-    let stage2 = Arc::new(RecordedStage2::new());
-    let dma = GuestDma::new(&Config { asid: common::ASID, ..Config::default() }, Arc::clone(&stage2) as _).unwrap();
-    dma.add_memory(Gpa::new(0), bytes, &backing, 0).unwrap();
-    let [trusted, untrusted] = ["one", "other"].map(|name| dma.add_device(name, Trust::Untrusted).unwrap());
-    Guest { dma, backing, trusted, untrusted, stage2 }
-}
 
 /// What the device may translate, at the borders of a span and in its middle.
 fn probe(guest: &Guest, start: u64, len: u64, private: bool) {
@@ -34,7 +23,7 @@ fn probe(guest: &Guest, start: u64, len: u64, private: bool) {
 
 #[test]
 fn any_mix_of_sizes() {
-    let guest = guest(8 * GIB);
+    let guest = Guest::simulated(8 * GIB);
     let spans = [(0x3000, 0x1000), (MIB, 3 * MIB + 0x5000), (GIB - 0x1000, GIB + 0x2000), (3 * GIB, GIB), (5 * GIB + 2 * MIB, 2 * MIB)];
     let to = |owner| spans.map(|(start, len)| change(start, len, owner)).to_vec();
     let pages: u64 = spans.iter().map(|(_, len)| len >> 12).sum();
@@ -65,7 +54,7 @@ fn a_terabyte_in_one_request() {
     if available.is_none_or(|kib| kib << 10 < needs) {
         return eprintln!("not run: a terabyte's RMP needs 5 GiB of memory, and {} KiB are available", available.unwrap_or(0));
     }
-    let guest = guest(TIB);
+    let guest = Guest::simulated(TIB);
     assert_eq!(guest.convert(0, TIB, Owner::Private), TIB >> 12);
     probe(&guest, 0, TIB, true);
     // One page of it comes back, and then the rest.

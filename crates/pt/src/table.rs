@@ -166,27 +166,18 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
     /// its edit waits for the caller's guard, and it says what it said when it was taken out, which is what this guard may see anyway (I-1, I-4).
     #[inline(always)]
     pub fn walk_from(&self, from: Option<WalkEntry>, iova: Iova, keep: impl FnOnce(WalkEntry)) -> Option<Leaf> {
-        let (mut table, mut level) = match from {
+        let (table, level) = match from {
             Some(from) => (from.table(), from.level()),
             None => self.root(),
         };
         if from.is_none() && iova.get() > Self::reach(level) {
             return None;
         }
-        let first = level;
-        loop {
-            let entry = self.arena.entry_at(table, F::slot(iova, level))?.load(Ordering::Acquire);
-            match F::decode(entry, level) {
-                Entry::Table(below) if level > 0 => (table, level) = (below, level - 1),
-                Entry::Leaf { size, oa, perm, dirty } => {
-                    if level < first {
-                        WalkEntry::new::<F>(table, level).map(keep);
-                    }
-                    return Some(Leaf { iova: Iova::new(iova.get() >> size.0 << size.0), oa, size, perm, dirty });
-                }
-                _ => return None,
-            }
+        let (leaf, lowest) = self.find_from((table, level), iova, F::decode)?;
+        if lowest.1 < level {
+            WalkEntry::new::<F>(lowest.0, lowest.1).map(keep);
         }
+        Some(leaf)
     }
 
     /// The leaf that stands at `iova`, also while somebody else's cut hides it from devices
@@ -198,16 +189,23 @@ impl<F: Format, W: Deref<Target = [AtomicU64]>> Table<F, W> {
 
     #[inline(always)]
     fn find(&self, iova: Iova, read: impl Fn(u64, u8) -> Entry) -> Option<Leaf> {
-        let (mut table, mut level) = self.root();
+        let (top, level) = self.root();
         if iova.get() > Self::reach(level) {
             return None;
         }
+        self.find_from((top, level), iova, read).map(|(leaf, _)| leaf)
+    }
+
+    /// The leaf for `iova` at or below a table of some level, and the table that it is in, with its level.
+    #[inline(always)]
+    fn find_from(&self, (mut table, mut level): (Oa, u8), iova: Iova, read: impl Fn(u64, u8) -> Entry) -> Option<(Leaf, (Oa, u8))> {
         loop {
             let entry = self.arena.entry_at(table, F::slot(iova, level))?.load(Ordering::Acquire);
             match read(entry, level) {
                 Entry::Table(below) if level > 0 => (table, level) = (below, level - 1),
                 Entry::Leaf { size, oa, perm, dirty } => {
-                    return Some(Leaf { iova: Iova::new(iova.get() >> size.0 << size.0), oa, size, perm, dirty });
+                    let leaf = Leaf { iova: Iova::new(iova.get() >> size.0 << size.0), oa, size, perm, dirty };
+                    return Some((leaf, (table, level)));
                 }
                 _ => return None,
             }

@@ -20,6 +20,14 @@ fn stands(rig: &Rig, from: u64) {
     }
 }
 
+/// A device writes, if it finds the leaf; answers whether it did.
+fn writes(rig: &Rig, slot: &mut sync::Slot) -> bool {
+    let _guard = slot.guard(DOMAIN);
+    let wrote = rig.oa(GRANULE).is_some();
+    assert!(!wrote || rig.table.mark_dirty(Iova::new(GRANULE)), "a write that nobody will know of");
+    wrote
+}
+
 #[test]
 fn a_walk_beside_a_cut_finds_the_truth_or_nothing() {
     explore(|| {
@@ -48,12 +56,7 @@ fn a_dirty_bit_survives_a_cut() {
         rig.map(0, ITEM1, FRAMES, &mut stock);
         let mut slot = rig.readers.slot();
         let device = rig.clone();
-        let write = move || {
-            let _guard = slot.guard(DOMAIN);
-            let wrote = device.oa(GRANULE).is_some();
-            assert!(!wrote || device.table.mark_dirty(Iova::new(GRANULE)), "a write that nobody will know of");
-            wrote
-        };
+        let write = move || writes(&device, &mut slot);
         let (wrote, _) = beside(write, || rig.cut(GRANULE, GRANULE, &mut stock));
         assert!(!wrote || rig.table.walk(Iova::new(GRANULE)).unwrap().dirty, "the dirty bit is gone");
     });
@@ -68,12 +71,7 @@ fn a_dirty_bit_survives_a_merge() {
         rig.cut(0, GRANULE, &mut stock);
         let mut slot = rig.readers.slot();
         let device = rig.clone();
-        let write = move || {
-            let _guard = slot.guard(DOMAIN);
-            let wrote = device.oa(GRANULE).is_some();
-            assert!(!wrote || device.table.mark_dirty(Iova::new(GRANULE)), "a write that nobody will know of");
-            wrote
-        };
+        let write = move || writes(&device, &mut slot);
         let (wrote, ()) = beside(write, || {
             let mut gather = Gather::new();
             rig.table.merge(span(0, ITEM1), SizeSet::ALL, &mut gather, |_| rig.readers.grace(DOMAIN));

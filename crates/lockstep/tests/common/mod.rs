@@ -41,9 +41,19 @@ impl Guest {
         Self::make(gpa, Backing::memfd(bytes, frames).unwrap(), config, Arc::new(RecordedStage2::new()))
     }
 
+    /// Of any size: its memory is simulated, and tables have the room of the default configuration.
+    pub fn simulated(bytes: u64) -> Self {
+        let backing = Backing::simulated(bytes, Frames::Contiguous).unwrap();
+        Self::build(Gpa::new(0), backing, Config::default(), Arc::new(RecordedStage2::new()))
+    }
+
     fn make(gpa: Gpa, backing: Arc<Backing>, config: Config, stage2: Arc<dyn Stage2>) -> Self {
         let iommu = iommu::Config { table_bytes: 64 * MIB, ..config.iommu };
-        let dma = GuestDma::new(&Config { asid: ASID, iommu, ..config }, Arc::clone(&stage2)).unwrap();
+        Self::build(gpa, backing, Config { iommu, ..config }, stage2)
+    }
+
+    fn build(gpa: Gpa, backing: Arc<Backing>, config: Config, stage2: Arc<dyn Stage2>) -> Self {
+        let dma = GuestDma::new(&Config { asid: ASID, ..config }, Arc::clone(&stage2)).unwrap();
         dma.add_memory(gpa, backing.len_bytes(), &backing, 0).unwrap();
         let run = Trust::Trusted { asid: ASID, vmpl: secure::Vmpl::V0, tdisp: Tdisp::Run, sdte_valid: true, vtom: None };
         let trusted = dma.add_device("trusted", run).unwrap();
